@@ -343,7 +343,7 @@ def _sentence(where: str, item: Any) -> str:
         return f"{where}: is missing; it must be given"
     if kind == "extra_forbidden":
         return f"{where}: {_unknown(where)}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         if message.startswith("batch."):
             return message

@@ -1,0 +1,1 @@
+"""catalogue -> ledger -> hub -> report: what is measured, and who may see it."""

@@ -1,0 +1,1 @@
+"""lifecycle -> driver -> agent -> worker: who runs where, and what happens when something dies."""

@@ -1,0 +1,1 @@
+"""task -> engine -> loop: what one rank does with a batch."""

@@ -1,0 +1,115 @@
+"""What a rank tells the driver, in the order it happens; plain values, picklable, no torch.
+
+Ready -> (StepReport | EvalReport | Saved | SaveFailed)* -> Done | Raised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PHASES", "Done", "EvalReport", "Raised", "Ready", "Report", "SaveFailed", "Saved", "StepReport"]
+
+PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The rank has built its engine and loaded what it resumes from; seconds by phase of its start."""
+
+    rank: int
+    pid: int
+    num_parameters: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step on one rank.
+
+    Attributes:
+        step: counted from 1; position: samples consumed after it.
+        size: rows of the global batch; count: units (rows or tokens) its loss is a mean over.
+        batch_sum: (rows, hash, hash) of this rank's rows.
+        seconds: from the end of the previous step, or of what came between, to the end of this one.
+        phases: seconds of it by phase.
+    """
+
+    rank: int
+    step: int
+    position: int
+    size: int
+    count: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+    finite: bool
+    batch_sum: tuple[int, int, int]
+    seconds: float
+    phases: Mapping[str, float]
+    ready: int = 0
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The metrics of an evaluation, the same on every rank."""
+
+    rank: int
+    step: int
+    metrics: Mapping[str, float]
+    is_best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """This rank's file of a checkpoint is in the store; `meta` is what rank 0 adds for the whole."""
+
+    rank: int
+    step: int
+    position: int
+    file: Mapping[str, Any]
+    seconds: float
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SaveFailed:
+    """This rank could not write its file; training goes on."""
+
+    rank: int
+    step: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An exception ended the rank.
+
+    Attributes:
+        kind: user (the user's input), task (the user's code), peer (another rank went away) or internal.
+        trace: the part of the traceback that is not ours.
+        ids: row ids of the batch that was being trained.
+    """
+
+    rank: int
+    step: int
+    kind: str
+    message: str
+    trace: str
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The rank has trained to the end, or to a stop request."""
+
+    rank: int
+    step: int
+    stopped: bool
+
+
+Report = Ready | StepReport | EvalReport | Saved | SaveFailed | Raised | Done
