@@ -19,45 +19,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.order import Order, key, mix64
+from dltrain.data.identity import BatchSum, sum_ids
+from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 
-__all__ = ["BatchSum", "EvalStream", "StepBatch", "TrainStream", "micro_batches", "sum_ids"]
+__all__ = ["EvalStream", "StepBatch", "TrainStream", "micro_batches"]
 
 I64 = npt.NDArray[np.int64]
 Collate = Callable[[pa.RecordBatch, Keys], Batch]
 ReadUnit = Callable[[int], pa.Table]
 _DEPTH = 3
 _THREADS = 4
-_MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSum:
-    """The set of (epoch, row id) in a batch as two independent sums of 64-bit hashes; sums of ranks add up."""
-
-    count: int = 0
-    first: int = 0
-    second: int = 0
-
-    def __add__(self, other: BatchSum) -> BatchSum:
-        first, second = (self.first + other.first) & _MASK, (self.second + other.second) & _MASK
-        return BatchSum(self.count + other.count, first, second)
-
-    @property
-    def batch_id(self) -> str:
-        """128 bits as 32 hex digits."""
-        return f"{self.first:016x}{self.second:016x}"
-
-
-def sum_ids(seed: int, epochs: I64, ids: I64) -> BatchSum:
-    """Hashes every (epoch, id) twice, under keys of their own, and sums mod 2^64."""
-    total = BatchSum()
-    for epoch in np.unique(epochs).tolist():
-        chosen = ids[epochs == epoch].astype(np.uint64)
-        sums = [int(np.sum(mix64(chosen ^ np.uint64(key(seed, 9 + i, epoch))), dtype=np.uint64)) for i in (0, 1)]
-        total += BatchSum(len(chosen), *sums)
-    return total
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:

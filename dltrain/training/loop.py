@@ -26,10 +26,10 @@ from dltrain.data.order import Order, key
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
 from dltrain.errors import DltrainError, RunFailedError, UserError
+from dltrain.observing.reports import Done, EvalReport, Ready, Report, Saved, SaveFailed, StepReport
 from dltrain.store import open_store
 from dltrain.training.engine import Engine, StepResult
 from dltrain.training.plan import BatchPlan, RankJob
-from dltrain.training.reports import Done, EvalReport, Ready, Report, Saved, SaveFailed, StepReport
 from dltrain.training.task import Task
 
 __all__ = ["Loop", "reduce_sums"]

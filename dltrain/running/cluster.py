@@ -1,0 +1,172 @@
+"""Ray's side of a run: connect, ask for slots one bundle each, put an agent on every one that is ready.
+
+with connect(address) as cluster:
+    slots = Slots(cluster, workers)
+    slots.want(4); slots.ready()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dltrain.errors import UserError
+from dltrain.running.agent import Agent, SlotInfo
+from dltrain.spec import WorkersSpec
+
+__all__ = ["Cluster", "Slot", "Slots", "connect"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster: whether it is ours alone (then it can't grow), and what it has."""
+
+    private: bool
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{'this machine' if self.private else 'the cluster'} has {self.cpus:g} CPUs{gpus}"
+
+
+@dataclass
+class Slot:
+    """A placement group of one bundle, and the agent on it."""
+
+    group: Any
+    agent: Any
+    info: SlotInfo
+
+
+@contextlib.contextmanager
+def connect(address: str | None) -> Iterator[Cluster]:
+    """Connects to the cluster of `address`, RAY_ADDRESS or the Ray job we are in; else starts a private one.
+
+    Raises:
+        UserError: there is no cluster at that address.
+    """
+    import ray
+
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    private = target == "local"
+    options: dict[str, Any] = {"include_dashboard": False} if private else {}
+    # Inherited by Ray's worker processes: an agent must find dltrain as this process does.
+    runtime_env = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    try:
+        ray.init(
+            address=target,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=None if private else runtime_env if runtime_env["env_vars"]["PYTHONPATH"] else None,
+            **options,
+        )
+    except ConnectionError as error:
+        raise UserError(f"--address: no Ray cluster answers at {target}: {error}") from None
+    try:
+        has = ray.cluster_resources()
+        yield Cluster(private, has.get("CPU", 0.0), has.get("GPU", 0.0))
+    finally:
+        ray.shutdown()
+
+
+class Slots:
+    """The slots of a run.
+
+    Args:
+        workers: what one slot needs.
+    """
+
+    def __init__(self, cluster: Cluster, workers: WorkersSpec) -> None:
+        self._gpus = workers.gpus if workers.gpus != "auto" else int(cluster.gpus >= 1)
+        self._bundle = {"CPU": workers.cpus, **workers.resources, **({"GPU": 1} if self._gpus else {})}
+        self._num_threads = max(1, int(workers.cpus))
+        self._resources = workers.resources
+        self._pending: list[Any] = []
+        self._greeting: dict[Any, tuple[Any, Any]] = {}
+        self.slots: list[Slot] = []
+
+    @property
+    def device(self) -> str:
+        """cuda when a slot has a GPU, else cpu."""
+        return "cuda" if self._gpus else "cpu"
+
+    def want(self, count: int) -> None:
+        """Asks for slots until `count` are there or pending.
+
+        One group each: a group of many bundles is all or nothing, and says nothing about what is missing.
+        """
+        from ray.util.placement_group import placement_group
+
+        for _ in range(count - len(self.slots) - len(self._greeting) - len(self._pending)):
+            self._pending.append(placement_group([self._bundle]))
+
+    def ready(self, wait_seconds: float) -> list[Slot]:
+        """The slots whose agent answers, after waiting for news up to `wait_seconds`."""
+        import ray
+
+        waiting = {group.ready(): group for group in self._pending}
+        refs = [*waiting, *self._greeting]
+        if refs:
+            done, _ = ray.wait(refs, num_returns=1, timeout=wait_seconds)
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            for ref in done:
+                if ref in waiting:
+                    self._pending.remove(waiting[ref])
+                    self._start_agent(waiting[ref])
+                else:
+                    self._admit(ref)
+        return self.slots
+
+    def _start_agent(self, group: Any) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        agent = (
+            ray.remote(Agent)
+            .options(
+                num_cpus=self._bundle["CPU"],
+                num_gpus=1 if self._gpus else 0,
+                resources=self._resources,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+                max_concurrency=4,
+            )
+            .remote(self.device, self._num_threads)
+        )
+        self._greeting[agent.hello.remote()] = (group, agent)
+
+    def _admit(self, ref: Any) -> None:
+        import ray
+
+        group, agent = self._greeting.pop(ref)
+        try:
+            self.slots.append(Slot(group, agent, ray.get(ref)))
+        except ray.exceptions.RayError:
+            self._release(group)
+
+    def lose(self, slot: Slot) -> None:
+        """Gives a slot up whose agent is gone."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+            self._release(slot.group)
+
+    def _release(self, group: Any) -> None:
+        from ray.util import remove_placement_group
+
+        remove_placement_group(group)
+
+    def close(self) -> None:
+        """Ends the agents' processes and gives everything back."""
+        import ray
+
+        closing = [slot.agent.close.remote() for slot in self.slots]
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.wait(closing, num_returns=len(closing), timeout=5) if closing else None
+        for slot in self.slots:
+            ray.kill(slot.agent)
+        for group in [*self._pending, *(g for g, _ in self._greeting.values()), *(s.group for s in self.slots)]:
+            self._release(group)

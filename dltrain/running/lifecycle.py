@@ -1,0 +1,420 @@
+"""The life of a run as a state machine: `handle(event, now) -> actions`, no I/O, no clock of its own.
+
+    life = Lifecycle(min_workers=2, max_workers=4, restarts_per_hour=10)
+    for action in life.handle(Placed(slots=4), now): carry_out(action)
+
+      planning -> placing -> starting -> running -> finished
+                     |           \\          |  \\-> stopping -> stopped
+                  waiting         `-> recovering -> starting ...
+      any -> failed
+
+Every event is logged, so that a run can be replayed in a test.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dltrain.errors import CapacityError, DltrainError, RunFailedError, TaskError, UserError
+from dltrain.observing.reports import Done, EvalReport, Raised, Ready, Report, Saved, SaveFailed, StepReport
+
+__all__ = [
+    "Action",
+    "AgentLost",
+    "Commit",
+    "Committed",
+    "Discard",
+    "End",
+    "Event",
+    "Exited",
+    "KillWorkers",
+    "Lifecycle",
+    "Place",
+    "Placed",
+    "Say",
+    "StartAttempt",
+    "StopRequested",
+    "TellStop",
+    "Tick",
+]
+
+# A rank that lost its peer reports sooner than the peer's end is seen: wait this long for the cause.
+PEER_GRACE_SECONDS = 3.0
+SAME_EXCEPTION_LIMIT = 3
+_HOUR_SECONDS = 3600.0
+
+
+# ---- events ----
+
+
+@dataclass(frozen=True)
+class Placed:
+    """So many slots have an agent; `final` when no more are coming soon."""
+
+    slots: int
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker process ended: exit code, negative for a signal, and the last lines it wrote."""
+
+    rank: int
+    code: int
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class AgentLost:
+    """An agent stopped answering."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint was committed, or could not be (`reason`)."""
+
+    step: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    """The user asked the run to stop."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = Placed | Exited | AgentLost | Committed | StopRequested | Tick | Report
+
+
+# ---- actions ----
+
+
+@dataclass(frozen=True)
+class Place:
+    """Ask for slots until there are `slots`."""
+
+    slots: int
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Form a group of `num_ranks` workers from the last checkpoint."""
+
+    num_ranks: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class KillWorkers:
+    """End every worker process of this attempt at once."""
+
+
+@dataclass(frozen=True)
+class TellStop:
+    """Ask the ranks to stop at the next step."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """All ranks' files of a checkpoint are there: write its manifest."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Discard:
+    """A checkpoint can't be completed: remove what there is of it."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Say:
+    """Tell the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The run is over: finished, stopped or failed (then with the error)."""
+
+    status: str
+    error: DltrainError | None = None
+
+
+Action = Place | StartAttempt | KillWorkers | TellStop | Commit | Discard | Say | End
+
+
+@dataclass
+class _Failure:
+    """What ended an attempt."""
+
+    reason: str
+    message: str
+    raised: Raised | None = None
+
+
+@dataclass
+class Lifecycle:
+    """Decides; the driver carries out.
+
+    Args:
+        min_workers, max_workers: bounds of the group.
+        restarts_per_hour: more than this end the run.
+        step: optimizer steps done when this start of the run began.
+    """
+
+    min_workers: int
+    max_workers: int
+    restarts_per_hour: int
+    step: int = 0
+    state: str = "planning"
+    attempt: int = 0
+    num_ranks: int = 0
+    slots: int = 0
+    committed_step: int = -1
+    restarts: int = 0
+    restart_reasons: list[str] = field(default_factory=list)
+    log: list[tuple[float, Event]] = field(default_factory=list)
+    _first_step: int = field(default=-1, init=False)
+    _restart_times: list[float] = field(default_factory=list, init=False)
+    _ready: set[int] = field(default_factory=set, init=False)
+    _done: dict[int, Done] = field(default_factory=dict, init=False)
+    _saves: dict[int, dict[int, Report]] = field(default_factory=dict, init=False)
+    _raised: dict[int, Raised] = field(default_factory=dict, init=False)
+    _peer_deadline: float | None = field(default=None, init=False)
+    _exceptions: dict[tuple[str, int], int] = field(default_factory=dict, init=False)
+    _stop_wanted: bool = field(default=False, init=False)
+    _save_problem: str = field(default="", init=False)
+    _steps_made: int = field(default=0, init=False)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """The only way in: changes the state and says what to do."""
+        if self.state in ("finished", "stopped", "failed"):
+            return []
+        if not isinstance(event, Tick | StepReport):
+            self.log.append((now, event))
+        match event:
+            case Placed():
+                return self._placed(event)
+            case Ready():
+                return self._on_ready(event)
+            case StepReport():
+                self._on_step(event)
+            case Saved() | SaveFailed():
+                return self._saved(event)
+            case Committed():
+                self._committed(event)
+            case Done():
+                return self._on_done(event)
+            case Raised():
+                return self._on_raised(event, now)
+            case Exited():
+                return self._exited(event, now)
+            case AgentLost():
+                self.slots = max(0, self.slots - 1)
+                return self._fail(_Failure("agent", f"the agent of rank {event.rank} is gone: {event.reason}"), now)
+            case StopRequested():
+                return self._stop()
+            case Tick():
+                return self._tick(now)
+            case EvalReport():
+                pass
+        return []
+
+    # ---- forming a group ----
+
+    def begin(self) -> list[Action]:
+        """The plan is made: ask for slots."""
+        self.state = "placing"
+        return [Place(self.max_workers)]
+
+    def _placed(self, event: Placed) -> list[Action]:
+        self.slots = event.slots
+        if self.state not in ("placing", "waiting", "recovering"):
+            return []
+        if self.slots >= self.max_workers or (event.final and self.slots >= self.min_workers):
+            return self._start()
+        if event.final and self.state != "waiting":
+            self.state = "waiting"
+            return [Say(f"waiting for {self.min_workers} workers; the cluster has room for {self.slots}")]
+        return []
+
+    def wait_over(self, capacity: str) -> list[Action]:
+        """The slots did not come in time."""
+        return self._end(
+            "failed",
+            CapacityError(
+                f"workers: {self.min_workers} are needed and there is room for {self.slots} ({capacity}). "
+                "Lower workers.min, ask for less per worker (workers.cpus, workers.gpus), or add nodes"
+            ),
+        )
+
+    def _start(self) -> list[Action]:
+        self.attempt += 1
+        self.num_ranks = min(self.slots, self.max_workers)
+        self.state = "starting"
+        for seen in (self._ready, self._done, self._saves, self._raised):
+            seen.clear()
+        self._peer_deadline = None
+        return [StartAttempt(self.num_ranks, self.attempt)]
+
+    def _on_ready(self, event: Ready) -> list[Action]:
+        self._ready.add(event.rank)
+        if len(self._ready) == self.num_ranks:
+            self.state = "stopping" if self._stop_wanted else "running"
+            return [TellStop()] if self._stop_wanted else []
+        return []
+
+    # ---- running ----
+
+    def _on_step(self, event: StepReport) -> None:
+        if event.rank == 0:
+            self.step = event.step
+            self._steps_made += 1
+
+    def _saved(self, event: Saved | SaveFailed) -> list[Action]:
+        saves = self._saves.setdefault(event.step, {})
+        saves[event.rank] = event
+        if len(saves) < self.num_ranks:
+            return []
+        failed = [e for e in saves.values() if isinstance(e, SaveFailed)]
+        del self._saves[event.step]
+        if failed:
+            self._save_problem = f"rank {failed[0].rank}: {failed[0].reason}"
+            return [Discard(event.step, self._save_problem)]
+        return [Commit(event.step)]
+
+    def _committed(self, event: Committed) -> None:
+        if event.reason:
+            self._save_problem = event.reason
+        else:
+            self.committed_step = event.step
+
+    def _on_done(self, event: Done) -> list[Action]:
+        self._done[event.rank] = event
+        if len(self._done) < self.num_ranks:
+            return []
+        self.step = event.step
+        if self.committed_step < event.step:
+            return self._end("failed", self._unsaved(event.step))
+        return self._end("stopped" if event.stopped else "finished")
+
+    def _unsaved(self, step: int) -> RunFailedError:
+        last = f"step {self.committed_step}" if self.committed_step >= 0 else "none"
+        return RunFailedError(
+            f"trained to step {step}, but its checkpoint could not be saved ({self._save_problem}). "
+            f"The last good checkpoint is {last}; make room and run the same command again to go on from it"
+        )
+
+    def _stop(self) -> list[Action]:
+        if self._stop_wanted:
+            return []
+        self._stop_wanted = True
+        if self.state == "running":
+            self.state = "stopping"
+            return [Say("stopping after this step"), TellStop()]
+        if self.state in ("planning", "placing", "waiting"):
+            return self._end("stopped")
+        return [Say("stopping as soon as the workers are up")]
+
+    # ---- what goes wrong ----
+
+    def _on_raised(self, event: Raised, now: float) -> list[Action]:
+        self._raised[event.rank] = event
+        if event.kind == "peer":
+            self._peer_deadline = self._peer_deadline or now + PEER_GRACE_SECONDS
+            return []
+        return self._fail(_Failure("exception", event.message, event), now)
+
+    def _exited(self, event: Exited, now: float) -> list[Action]:
+        if event.rank in self._done or event.rank in self._raised or self.state in ("recovering", "placing"):
+            return []
+        return self._fail(_Failure("signal" if event.code < 0 else "exit", _describe(event)), now)
+
+    def _tick(self, now: float) -> list[Action]:
+        if self._peer_deadline is not None and now >= self._peer_deadline:
+            first = min(self._raised.values(), key=lambda r: r.rank)
+            return self._fail(_Failure("exception", first.message, first), now)
+        return []
+
+    def _fail(self, failure: _Failure, now: float) -> list[Action]:
+        if self.state in ("recovering", "placing", "waiting"):
+            return []
+        error = self._final(failure, now)
+        if error:
+            return [KillWorkers(), *self._end("failed", error)]
+        if self._stop_wanted:
+            return [KillWorkers(), Say(f"{failure.message} while stopping"), *self._end("stopped")]
+        self.state = "recovering"
+        self.restarts += 1
+        self._restart_times.append(now)
+        self.restart_reasons.append(failure.reason)
+        self._peer_deadline = None
+        said = f"step {self.step}: {failure.message}; starting again from the last checkpoint"
+        return [KillWorkers(), Say(said), Place(self.max_workers)]
+
+    def _final(self, failure: _Failure, now: float) -> DltrainError | None:
+        """The error to end with, when starting again would not help."""
+        raised = failure.raised
+        if raised and raised.kind == "user":
+            return UserError(raised.message)
+        if raised and raised.kind == "final":
+            return RunFailedError(raised.message)
+        if raised and raised.kind == "task":
+            signature = (raised.message, raised.step)
+            self._exceptions[signature] = self._exceptions.get(signature, 0) + 1
+            if not self._steps_made or self._exceptions[signature] >= SAME_EXCEPTION_LIMIT:
+                return _task_error(raised)
+        recent = [t for t in self._restart_times if now - t < _HOUR_SECONDS]
+        if len(recent) >= self.restarts_per_hour:
+            return _budget_error(failure, len(recent), raised)
+        return None
+
+    def _end(self, status: str, error: DltrainError | None = None) -> list[Action]:
+        self.state = status
+        return [End(status, error)]
+
+
+def _describe(event: Exited) -> str:
+    if event.code < 0:
+        try:
+            name = signal.Signals(-event.code).name
+        except ValueError:
+            name = f"signal {-event.code}"
+        # The kernel's out-of-memory killer leaves no other trace.
+        hint = " (killed from outside, or out of memory)" if name == "SIGKILL" else ""
+        return f"the worker of rank {event.rank} was ended by {name}{hint}"
+    tail = f":\n{event.tail}" if event.tail else ""
+    return f"the worker of rank {event.rank} exited with code {event.code}{tail}"
+
+
+def _task_error(raised: Raised) -> TaskError:
+    return TaskError(raised.message, raised.rank, raised.step, raised.trace + _batch_line(raised.ids))
+
+
+def _batch_line(ids: Sequence[int]) -> str:
+    if not ids:
+        return ""
+    shown = ", ".join(map(str, ids[:8]))
+    return f"\nrows of this rank's batch: {shown}{f', ... ({len(ids)} in all)' if len(ids) > 8 else ''}"
+
+
+def _budget_error(failure: _Failure, restarts: int, raised: Raised | None) -> DltrainError:
+    if raised and raised.kind == "task":
+        return _task_error(raised)
+    trace = f"\n{raised.trace}" if raised else ""
+    return RunFailedError(
+        f"{failure.message}; {restarts} restarts within an hour, faults.restarts_per_hour allows no more{trace}"
+    )

@@ -1,0 +1,265 @@
+"""The record of a run: journals, ledger, metrics and state.json, fed by the driver.
+
+record = Record(spec, run, hub, view, now)
+record.step(report); record.event(event); record.beat(lifecycle_state)
+record.summary("finished")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dltrain.data.identity import BatchSum
+from dltrain.errors import StoreError
+from dltrain.observing.hub import Hub
+from dltrain.observing.journal import Journal, read_json, write_json
+from dltrain.observing.ledger import Ledger
+from dltrain.observing.reports import EvalReport, Saved, SaveFailed, StepReport
+from dltrain.observing.view import Progress, View
+from dltrain.running.agent import LogLine
+from dltrain.running.lifecycle import Event
+from dltrain.running.rundir import RunDir
+from dltrain.spec import JobSpec
+
+__all__ = ["Record"]
+
+_BEAT_SECONDS = 1.0
+_REMOTE_BEAT_SECONDS = 10.0
+
+
+class Record:
+    """Everything that a run writes down about itself.
+
+    Args:
+        now: monotonic seconds at which this start began.
+        launched: monotonic seconds at which the user's command began.
+    """
+
+    def __init__(self, spec: JobSpec, run: RunDir, hub: Hub, view: View, launched: float) -> None:
+        self._spec, self._run, self._hub, self._view = spec, run, hub, view
+        before = read_json(run.store, "ledger.json") or {}
+        seconds = dict(before.get("seconds", {}))
+        _book_gap(seconds, read_json(run.store, "state.json"))
+        self.ledger = Ledger(launched, seconds)
+        self.counters: dict[str, float] = dict(before.get("counters", {}))
+        self.total_restarts = int(before.get("restarts", 0))
+        hub.restore(self.counters)
+        self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
+        self._launched, self._last_beat = launched, 0.0
+        self._partial: dict[int, dict[int, StepReport]] = {}
+        self._highest = int(before.get("highest_step", 0))
+        self._logs: dict[int, Any] = {}
+        # this start
+        self.samples, self.step_seconds, self.steps_made = 0, 0.0, 0
+        self.first_step_seconds: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.problem = ""
+
+    # ---- from the ranks ----
+
+    def start_attempt(self, attempt: int, num_ranks: int) -> None:
+        """A new group: reports of the old one are not waited for."""
+        self._attempt, self._num_ranks = attempt, num_ranks
+        self._partial.clear()
+        self._hub.metrics.start_ranks(num_ranks)
+
+    def step(self, report: StepReport, now: float, total_steps: int) -> None:
+        """One rank's step; the line is written when every rank has reported it."""
+        self._hub.on_step(report)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = now - self._launched
+        reports = self._partial.setdefault(report.step, {})
+        reports[report.rank] = report
+        if len(reports) == self._num_ranks:
+            self._commit_step([reports[r] for r in range(self._num_ranks)], now, total_steps)
+            del self._partial[report.step]
+
+    def _commit_step(self, reports: Sequence[StepReport], now: float, total_steps: int) -> None:
+        first = reports[0]
+        sums = sum((BatchSum(*r.batch_sum) for r in reports), BatchSum())
+        data_wait = max(r.phases.get("data_wait", 0.0) for r in reports)
+        redone = first.step <= self._highest
+        self._highest = max(self._highest, first.step)
+        self.ledger.step(now, first.seconds, data_wait, redone)
+        self.samples += first.size
+        self.steps_made += 1
+        self.step_seconds += first.seconds
+        self._count(first)
+        self._steps.add(
+            {
+                "step": first.step,
+                "time": round(time.time(), 3),
+                "attempt": self._attempt,
+                "loss": first.loss,
+                "samples": first.size,
+                "position": first.position,
+                "batch_id": sums.batch_id,
+                "grad_norm": first.grad_norm,
+                "learning_rate": first.learning_rate,
+                "seconds": round(first.seconds, 6),
+                "data_wait_seconds": round(data_wait, 6),
+                "applied": first.applied,
+                "finite": first.finite,
+            }
+        )
+        if sums.count != first.size:
+            self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
+        progress = Progress(first.step, total_steps, first.loss, self.rate, self._wait_share(), self._num_ranks)
+        self._view.on_step(progress)
+
+    def _count(self, report: StepReport) -> None:
+        added = {
+            "steps": 1,
+            "samples": report.size,
+            "nonfinite": int(not report.finite),
+            "skipped": int(not report.applied),
+        }
+        for name, value in added.items():
+            self.counters[name] = self.counters.get(name, 0) + value
+
+    def evaluated(self, report: EvalReport, now: float) -> None:
+        """An evaluation; every rank has the same figures, rank 0's are taken."""
+        if report.rank == 0:
+            self.metrics = dict(report.metrics)
+            self.ledger.part("eval", report.seconds, now)
+            self._hub.on_eval(report)
+            if report.is_best:
+                metric = self._spec.train.best.metric
+                self.best = {"metric": metric, "value": report.metrics[metric], "step": report.step}
+            self._view.on_eval(report.step, report.metrics, report.is_best)
+
+    def saved(self, report: Saved | SaveFailed, now: float) -> None:
+        """How long saving held rank 0 up."""
+        if report.rank == 0:
+            self.ledger.part("checkpoint_stall", report.seconds, now)
+            self._hub.metrics.checkpoint_seconds.inc(report.seconds)
+
+    def save_failed(self, step: int, reason: str) -> None:
+        """A checkpoint was lost; training goes on."""
+        self.counters["checkpoint_failures"] = self.counters.get("checkpoint_failures", 0) + 1
+        self._hub.metrics.checkpoint_failures.inc()
+        self.note("checkpoint_failed", step=step, reason=reason)
+        self._view.say(f"step {step}: the checkpoint could not be saved ({reason}); training goes on", "warn")
+
+    def committed(self, step: int, num_bytes: int) -> None:
+        """A checkpoint exists."""
+        self._hub.on_commit(num_bytes)
+        self.note("checkpoint", step=step, bytes=num_bytes)
+        self.flush()
+
+    def restarted(self, reason: str) -> None:
+        """The attempt ended and another follows."""
+        self.total_restarts += 1
+        self._hub.metrics.restarts.labels(reason).inc()
+
+    # ---- what it writes ----
+
+    def event(self, event: Event) -> None:
+        """A lifecycle event."""
+        fields = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("file", "meta")}
+        self.note(type(event).__name__, **fields)
+
+    def note(self, name: str, **fields: Any) -> None:
+        """A line of events.jsonl."""
+        seconds = {k: round(v, 3) for k, v in self.ledger.seconds.items() if v}
+        self._events.add({"time": round(time.time(), 3), "event": name, **fields, "ledger": seconds})
+
+    def log(self, line: LogLine) -> None:
+        """What a worker printed: rank 0's goes to the terminal, all of it to logs/."""
+        if line.rank == 0 and not line.error:
+            self._view.log(line.text)
+        if not self._run.is_local:
+            return
+        if line.rank not in self._logs:
+            path = self._run.store.path("logs")
+            os.makedirs(path, exist_ok=True)
+            self._logs[line.rank] = open(f"{path}/rank-{line.rank:05d}.log", "a")  # noqa: SIM115 - closed in close()
+        self._logs[line.rank].write(line.text + "\n")
+
+    def beat(self, now: float, state: Mapping[str, Any], force: bool = False) -> None:
+        """state.json and ledger.json, about once a second (10 s on object stores)."""
+        self._hub.on_ledger(self.ledger)
+        every = _BEAT_SECONDS if self._run.is_local else _REMOTE_BEAT_SECONDS
+        if not force and now - self._last_beat < every:
+            return
+        self._last_beat = now
+        alive = {"heartbeat": time.time(), "driver": f"{socket.gethostname()}:{os.getpid()}"}
+        metrics = {"metrics_url": self._hub.url, "metrics": self.metrics, "best": self.best}
+        self._quietly(lambda: write_json(self._run.store, "state.json", {**state, **metrics, **alive}))
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes journals and the ledger; a full disk or a lost store is said once and tried again later."""
+        for handle in self._logs.values():
+            self._quietly(handle.flush)
+        self._quietly(self._steps.flush)
+        self._quietly(self._events.flush)
+        ledger = {
+            **self.ledger.to_dict(),
+            "counters": self.counters,
+            "restarts": self.total_restarts,
+            "highest_step": self._highest,
+        }
+        self._quietly(lambda: write_json(self._run.store, "ledger.json", ledger))
+
+    def _quietly(self, write: Any) -> None:
+        try:
+            write()
+        except (OSError, StoreError) as error:
+            text = f"the run directory can't be written now: {error}"
+            if self.problem != text:
+                self.problem = text
+                self._view.say(text, "warn")
+
+    # ---- figures ----
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of the time spent in steps."""
+        return self.samples / self.step_seconds if self.step_seconds else 0.0
+
+    def _wait_share(self) -> float:
+        seconds = self.ledger.seconds
+        busy = seconds["compute"] + seconds["data_wait"]
+        return seconds["data_wait"] / busy if busy else 0.0
+
+    def summary(self, status: str, step: int, now: float) -> dict[str, Any]:
+        """What `dltrain run --json` prints."""
+        return {
+            "run": self._spec.name,
+            "dir": self._run.url,
+            "status": status,
+            "steps": step,
+            "samples": self.samples,
+            "seconds": round(now - self._launched, 3),
+            "samples_per_second": round(self.rate, 1),
+            "first_step_seconds": None if self.first_step_seconds is None else round(self.first_step_seconds, 3),
+            "restarts": self.total_restarts,
+            "goodput": round(self.ledger.goodput, 4),
+            "eval": self.metrics,
+            "best": self.best,
+        }
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.flush()
+        for journal in (self._steps, self._events):
+            with contextlib.suppress(OSError, StoreError):
+                journal.close()
+        for handle in self._logs.values():
+            with contextlib.suppress(OSError):
+                handle.close()
+
+
+def _book_gap(seconds: dict[str, float], state: Mapping[str, Any] | None) -> None:
+    """The time since a driver died is recovery; after a clean end the clock stood still."""
+    if state and state["state"] not in ("finished", "stopped", "failed"):
+        gap = max(0.0, time.time() - float(state["heartbeat"]))
+        seconds["recovering"] = seconds.get("recovering", 0.0) + gap

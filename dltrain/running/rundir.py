@@ -1,0 +1,204 @@
+"""The run directory: everything a run leaves behind, at a path or URL.
+
+run = RunDir.of(spec)
+run.check_same(spec); run.claim_attempt(); run.store.read("state.json")
+find_run("image-cnn")                 # by name under $DLTRAIN_RUNS or ./runs, or by URL
+
+spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl  checkpoints/  logs/
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from dltrain.data.catalog import Catalog
+from dltrain.data.order import choose_lanes, key
+from dltrain.errors import RunChangedError, UserError
+from dltrain.observing.journal import is_local, read_json, write_json
+from dltrain.spec import JobSpec
+from dltrain.store import Store, open_store
+
+__all__ = ["Plan", "RunDir", "find_run", "runs_url"]
+
+# A reader takes a run for dead when its heartbeat is older than this.
+STALE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run reads and in which order; stored when the run starts, never changed after."""
+
+    train: Catalog
+    eval: Catalog | None
+    num_lanes: int
+    window_units: int
+    plan_id: str
+
+    @classmethod
+    def of(cls, spec: JobSpec, train: Catalog, evaluation: Catalog | None) -> Plan:
+        """Chooses the lanes and the window, unless the spec says."""
+        lanes, window = choose_lanes(train.num_units, spec.batch.global_)
+        lanes, window = spec.data.lanes or lanes, spec.data.window or window
+        digest = int(train.digest, 16)
+        return cls(train, evaluation, lanes, window, f"{key(1, digest, lanes, window, spec.data.seed):016x}")
+
+
+class RunDir:
+    """One run's directory."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.checkpoints = store.child("checkpoints")
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> RunDir:
+        """Where this spec's run lives."""
+        return cls(open_store(spec.runs).child(spec.name))
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the directory."""
+        return self.store.url
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine's disk."""
+        return is_local(self.store)
+
+    # ---- the same run? ----
+
+    def check_same(self, spec: JobSpec) -> list[str]:
+        """The settings that differ from those the run was last started with.
+
+        Raises:
+            RunChangedError: task, args or data differ: going on would train something else under the old name.
+        """
+        try:
+            before = JobSpec.model_validate(yaml.safe_load(self.store.read("spec.yaml")))
+        except FileNotFoundError:
+            return []
+        changed = [
+            f"  {name}: {before.identity[name]!r} in the run, {value!r} in the spec"
+            for name, value in spec.identity.items()
+            if before.identity[name] != value
+        ]
+        if changed:
+            raise RunChangedError(self._refusal(changed))
+        return _differences(before.to_dict(), spec.to_dict())
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raises RunChangedError when the dataset's files are not those of the stored plan."""
+        stored = self.load_plan()
+        if stored and stored.train.digest != plan.train.digest:
+            old, new = stored.train, plan.train
+            raise RunChangedError(
+                self._refusal(
+                    [
+                        f"  {new.url}: {old.num_rows:,} rows in {len(old.files)} files when the run began, "
+                        f"{new.num_rows:,} rows in {len(new.files)} files now (or the same number of other ones)"
+                    ]
+                )
+            )
+
+    def _refusal(self, lines: list[str]) -> str:
+        return "\n".join(
+            [
+                f"{self.url} holds a run of another task or other data:",
+                *lines,
+                "Resuming would mix the two. Set another `name` to start afresh, or delete that directory.",
+            ]
+        )
+
+    # ---- what it stores ----
+
+    def save_spec(self, spec: JobSpec) -> None:
+        """spec.yaml."""
+        self.store.write("spec.yaml", spec.to_yaml().encode())
+
+    def save_plan(self, plan: Plan) -> None:
+        """plan.arrow, eval.arrow and plan.json."""
+        self.store.write("plan.arrow", plan.train.to_bytes())
+        if plan.eval:
+            self.store.write("eval.arrow", plan.eval.to_bytes())
+        numbers = {"plan_id": plan.plan_id, "num_lanes": plan.num_lanes, "window_units": plan.window_units}
+        write_json(self.store, "plan.json", numbers)
+
+    def load_plan(self) -> Plan | None:
+        """The stored plan, or None before the first start."""
+        numbers = read_json(self.store, "plan.json")
+        if numbers is None:
+            return None
+        train = Catalog.from_bytes(self.store.read("plan.arrow"))
+        evaluation = Catalog.from_bytes(self.store.read("eval.arrow")) if self.store.exists("eval.arrow") else None
+        return Plan(train, evaluation, numbers["num_lanes"], numbers["window_units"], numbers["plan_id"])
+
+    def claim_attempt(self) -> int:
+        """The next attempt number, which no other process gets."""
+        number = 1 + max((int(name.split("-")[-1]) for name in self.store.list("attempts")), default=0)
+        while not self.store.create(f"attempts/attempt-{number:04d}", b"claimed\n"):
+            number += 1
+        return number
+
+    # ---- talking to a live run ----
+
+    def request_stop(self) -> None:
+        """Asks the driver to stop."""
+        self.store.write("stop", f"{time.time()}\n".encode())
+
+    def take_stop(self) -> bool:
+        """Whether a stop was asked for; forgets it."""
+        if not self.store.exists("stop"):
+            return False
+        self.store.delete("stop")
+        return True
+
+    def state(self) -> dict[str, Any] | None:
+        """state.json, with `state` "lost" when a live one has stopped beating."""
+        state = read_json(self.store, "state.json")
+        if state and state["state"] not in ("finished", "stopped", "failed"):
+            age = time.time() - float(state["heartbeat"])
+            if age > STALE_SECONDS:
+                state = {**state, "state": "lost", "silent_seconds": round(age, 1)}
+        return state
+
+
+def runs_url() -> str:
+    """Where runs are looked up by name."""
+    return os.environ.get("DLTRAIN_RUNS", "./runs")
+
+
+def find_run(name: str) -> RunDir:
+    """A run by name or URL.
+
+    Raises:
+        UserError: there is none.
+    """
+    looks_like_path = "/" in name or "://" in name
+    run = RunDir(open_store(name) if looks_like_path else open_store(runs_url()).child(name))
+    if not run.store.exists("spec.yaml"):
+        where = run.url if looks_like_path else f"{runs_url()} (set DLTRAIN_RUNS for another place)"
+        known = "" if looks_like_path else f"; there are: {', '.join(list_runs()) or 'none'}"
+        raise UserError(f"no run {name!r} at {where}{known}")
+    return run
+
+
+def list_runs() -> list[str]:
+    """Names of the runs under $DLTRAIN_RUNS or ./runs."""
+    store = open_store(runs_url())
+    return [name for name in store.dirs() if store.exists(f"{name}/spec.yaml")]
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old!r} -> {new!r}")
+    return lines
