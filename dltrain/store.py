@@ -11,6 +11,7 @@ credentials from the environment or the usual chain.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import os
@@ -91,7 +92,7 @@ class Store:
                 return False
             return True
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "") -> builtins.list[str]:
         """Files under it at any depth, relative to the store, sorted; [] when there is no such directory."""
         with explain(self.url):
             self._forget()
@@ -103,7 +104,7 @@ class Store:
         start = len(self.root.rstrip("/")) + 1
         return sorted(path[start:] for path in found)
 
-    def dirs(self, prefix: str = "") -> list[str]:
+    def dirs(self, prefix: str = "") -> builtins.list[str]:
         """Names of the directories right under it, sorted."""
         with explain(self.url):
             self._forget()

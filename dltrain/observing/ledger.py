@@ -43,12 +43,12 @@ class Ledger:
     def __init__(self, now: float, before: Mapping[str, float] | None = None) -> None:
         self.seconds = {state: float((before or {}).get(state, 0.0)) for state in STATES}
         self._cursor = now
-        self._state = "planning"
+        self.state = "planning"
 
     def enter(self, state: str, now: float) -> None:
         """Books the time since the cursor on the state that ends, and enters `state`."""
-        self._book(self._state, now - self._cursor)
-        self._state = state
+        self._book(self.state, now - self._cursor)
+        self.state = state
 
     def part(self, state: str, seconds: float, now: float) -> None:
         """Books `seconds` of the present on `state`, never past `now`."""

@@ -68,7 +68,7 @@ class Agent:
         self._attempt = 0
         self._spawner = _Spawner()
         self._worker: _Worker | None = None
-        self._standby = self._spawn()
+        self._standby: _Worker | None = self._spawn()
 
     def hello(self) -> SlotInfo:
         """Where this slot is."""

@@ -1,0 +1,275 @@
+"""Fragments: a rank's part of the optimizer state as slices of flattened tensors, free of any world size.
+
+    for f in collect(engine, rank, num_ranks): f.name, f.kind, f.shape, f.offset, f.values
+    restore(engine, reader.read, reader.has, optimizer_step)
+
+Joined over ranks, every element of every trainable parameter and of its moments appears exactly once,
+padding never. Where they live differs by ZeRO stage; `_layout` knows, nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dltrain.errors import CheckpointError
+
+__all__ = ["Fragment", "average_buffers", "buffers", "collect", "frozen", "restore", "restore_frozen", "ties"]
+
+Read = Callable[[str, str, int, int], torch.Tensor]
+# Moments that an optimizer may keep per element.
+_KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + len(values)) of the flattened tensor `name` of global shape `shape`.
+
+    `kind` is "param" (the fp32 master weight) or the optimizer's name of a moment.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Where this rank keeps elements [offset, offset + length) of a parameter.
+
+    `owner` is the tensor that the optimizer steps; the elements are [start, start + length) of it, flattened.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    owner: torch.Tensor
+    start: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This slice of `owner` or of a moment of the same size."""
+        return tensor.detach().reshape(-1).narrow(0, self.start, self.length)
+
+
+# ---- out ----
+
+
+def collect(engine: Any, rank: int, num_ranks: int) -> list[Fragment]:
+    """Copies of what this rank owns, in host memory."""
+    state = _inner(engine).state
+    found: list[Fragment] = []
+    for piece in _layout(engine):
+        # ZeRO 0: every rank has everything; each writes an even share of each tensor.
+        lo, hi = (0, piece.length) if _sharded(engine) else _share(piece.length, rank, num_ranks)
+        if lo == hi:
+            continue
+        for kind, tensor in _tensors(piece.owner, state):
+            values = piece.of(tensor)[lo:hi].to("cpu", torch.float32, copy=True)
+            found.append(Fragment(piece.name, kind, piece.shape, piece.offset + lo, values))
+    return found
+
+
+def _tensors(owner: torch.Tensor, state: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "param", owner
+    moments = state.get(owner, {})
+    for kind in _KINDS:
+        if isinstance(moments.get(kind), torch.Tensor):
+            yield kind, moments[kind]
+
+
+def _share(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    return rank * length // num_ranks, (rank + 1) * length // num_ranks
+
+
+# ---- in ----
+
+
+def restore(engine: Any, read: Read, has: Callable[[str, str], bool], optimizer_step: int) -> None:
+    """Loads what this rank needs now, makes the optimizer's state, and refreshes the weights on all ranks.
+
+    Raises:
+        CheckpointError: the checkpoint lacks something this network has.
+    """
+    inner = _inner(engine)
+    pieces = list(_layout(engine))
+    with torch.no_grad():
+        for piece in pieces:
+            piece.of(piece.owner).copy_(read(piece.name, "param", piece.offset, piece.length))
+            for kind in _KINDS:
+                if has(piece.name, kind):
+                    moment = _moment(inner, piece.owner, kind, optimizer_step)
+                    piece.of(moment).copy_(read(piece.name, kind, piece.offset, piece.length))
+        _refresh(engine)
+
+
+def _moment(inner: Any, owner: torch.Tensor, kind: str, optimizer_step: int) -> torch.Tensor:
+    """The moment's tensor, made if the optimizer has not stepped yet."""
+    state = inner.state[owner]
+    if kind not in state:
+        state[kind] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+    if kind.startswith("exp_avg"):
+        state["step"] = torch.tensor(float(optimizer_step))
+    moment: torch.Tensor = state[kind]
+    return moment
+
+
+def _refresh(engine: Any) -> None:
+    """Copies the fp32 masters into the weights that forward uses."""
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        for i in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif stage:
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                weight.data.copy_(master.data)
+
+
+# ---- where things are, by stage ----
+
+
+def _inner(engine: Any) -> Any:
+    """The torch optimizer under DeepSpeed's wrappers."""
+    optimizer = engine.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _sharded(engine: Any) -> bool:
+    return int(engine.zero_optimization_stage()) > 0
+
+
+def _names(engine: Any) -> dict[int, str]:
+    return {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def _layout(engine: Any) -> Iterator[_Slice]:
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return _layout_zero3(engine)
+    return _layout_zero12(engine) if stage else _layout_zero0(engine)
+
+
+def _layout_zero0(engine: Any) -> Iterator[_Slice]:
+    optimizer, names = engine.optimizer, _names(engine)
+    wrapped = hasattr(optimizer, "fp32_groups")
+    masters = optimizer.fp32_groups if wrapped else [g["params"] for g in optimizer.param_groups]
+    weights = optimizer.fp16_groups if wrapped else masters
+    for master_group, weight_group in zip(masters, weights, strict=True):
+        for master, weight in zip(master_group, weight_group, strict=True):
+            yield _Slice(names[id(weight)], tuple(weight.shape), 0, master.numel(), master, 0)
+
+
+def _layout_zero12(engine: Any) -> Iterator[_Slice]:
+    optimizer, names = engine.optimizer, _names(engine)
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            # A parameter without a mapping lives on other ranks.
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield _Slice(names[id(parameter)], tuple(parameter.shape), lp.start, lp.numel, flat, hp.start)
+
+
+def _layout_zero3(engine: Any) -> Iterator[_Slice]:
+    optimizer, names = engine.optimizer, _names(engine)
+    for index, group in enumerate(optimizer.fp16_groups):
+        flat = optimizer.fp32_partitioned_groups_flat[index]
+        start = 0
+        for parameter in group:
+            part = parameter.partition_numel()
+            offset = part * dist.get_rank(parameter.ds_process_group)
+            # The last ranks' parts may be padding, in part or as a whole.
+            length = max(0, min(part, parameter.ds_numel - offset))
+            if length:
+                yield _Slice(names[id(parameter)], tuple(parameter.ds_shape), offset, length, flat, start)
+            start += part
+
+
+# ---- what is not stepped ----
+
+
+def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent buffers by name."""
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Averages floating buffers (BatchNorm statistics) over ranks in place; of integers the largest is taken."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for buffer in buffers(module).values():
+            if buffer.is_floating_point():
+                mean = buffer.to(torch.float64)
+                dist.all_reduce(mean)
+                buffer.copy_(mean / dist.get_world_size())
+            else:
+                dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+
+
+def frozen(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that are not trained, whole; under ZeRO-3 every rank must ask."""
+    return {n: _gathered(p) for n, p in module.named_parameters() if not p.requires_grad}
+
+
+def _gathered(parameter: nn.Parameter) -> torch.Tensor:
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def restore_frozen(module: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Puts frozen parameters back.
+
+    Raises:
+        CheckpointError: one of them was not saved.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if name not in saved:
+            raise CheckpointError(f"the checkpoint has no frozen parameter {name!r}; it was trained there")
+        _fill(parameter, saved[name])
+
+
+def _fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        if not hasattr(parameter, "ds_id"):
+            parameter.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+
+def ties(module: nn.Module) -> dict[str, str]:
+    """Names that share one parameter: alias -> the name it is saved under."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            found[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return found

@@ -1,0 +1,469 @@
+"""The driver: carries out what the state machine decides. One per run.
+
+    summary = Driver(spec, view=make_view(json=False), address=None).run()
+
+It plans, places agents, starts attempts, polls for reports, commits checkpoints and keeps the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dltrain import __version__
+from dltrain.checkpoint.commit import Checkpoint, commit, discard, newest_good, prune
+from dltrain.data.catalog import read_catalog
+from dltrain.errors import StoreError
+from dltrain.observing.hub import Hub
+from dltrain.observing.reports import EvalReport, Saved, SaveFailed, StepReport
+from dltrain.observing.view import View
+from dltrain.running.agent import LogLine
+from dltrain.running.cluster import Slot, Slots, connect
+from dltrain.running.lifecycle import (
+    Action,
+    AgentLost,
+    Commit,
+    Committed,
+    Discard,
+    End,
+    Event,
+    KillWorkers,
+    Lifecycle,
+    Place,
+    Placed,
+    Say,
+    StartAttempt,
+    StopRequested,
+    TellStop,
+    Tick,
+)
+from dltrain.running.record import Record
+from dltrain.running.rundir import Plan, RunDir
+from dltrain.spec import JobSpec
+from dltrain.training.plan import BatchPlan, RankJob, Schedule
+from dltrain.training.task import check_task
+
+__all__ = ["Driver", "make_plan"]
+
+_POLL_SECONDS = 0.25
+# After the first slots are there, how long others may take before the run starts without them.
+_PLACE_GRACE_SECONDS = 5.0
+_STOP_CHECK_SECONDS = 1.0
+
+
+def make_plan(spec: JobSpec, run: RunDir) -> tuple[Plan, list[str]]:
+    """Reads the catalogs and compares them with the run's stored plan, which wins for lanes and window.
+
+    Returns the plan and the settings that changed since the run was last started.
+
+    Raises:
+        UserError: faults of the data, or a run directory of something else.
+    """
+    changes = run.check_same(spec)
+    columns = spec.data.columns
+    train = read_catalog(spec.data.train, columns, "data.train")
+    evaluation = read_catalog(spec.data.eval, columns, "data.eval") if spec.data.eval else None
+    plan = Plan.of(spec, train, evaluation)
+    run.check_plan(plan)
+    stored = run.load_plan()
+    return stored or plan, changes
+
+
+class Driver:
+    """One start of one run.
+
+    Args:
+        address: of a Ray cluster; default: RAY_ADDRESS, else a private local one.
+        cwd: the user's directory, from which the task is imported.
+        launched: `time.monotonic()` when the user's command began.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        view: View,
+        address: str | None = None,
+        cwd: str | None = None,
+        launched: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec, self._view, self._address, self._clock = spec, view, address, clock
+        self._cwd = cwd or os.getcwd()
+        self._launched = launched if launched is not None else clock()
+        self._run = RunDir.of(spec)
+        workers = spec.workers
+        self._life = Lifecycle(workers.min, workers.max, spec.faults.restarts_per_hour)
+        self._ended: End | None = None
+        self._signal: int | None = None
+        self._polls: dict[Any, int] = {}
+        self._ranks: list[Slot] = []
+        self._pids: list[int] = []
+        self._saved: dict[int, dict[int, Saved]] = {}
+        self._attempt = 0
+        self._place_since: float | None = None
+        self._stop_checked = 0.0
+
+    # ---- the story ----
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end; returns the summary.
+
+        Raises:
+            UserError: the input is wrong, or there is no room on the cluster.
+            RunFailedError: the run ended badly; its directory keeps the last good checkpoint.
+        """
+        check_task(self._spec.task, self._cwd)
+        self._plan, changes = make_plan(self._spec, self._run)
+        self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
+        self._life.step = self._step
+        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+        self._announce(changes)
+        self._run.save_spec(self._spec)
+        self._run.save_plan(self._plan)
+        self._run.take_stop()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            hub = self._make_hub()
+            stack.callback(hub.close)
+            self._record = Record(self._spec, self._run, hub, self._view, self._launched)
+            self._restore_record()
+            stack.callback(self._record.close)
+            stack.callback(self._view.close)
+            if self._resume and self._position >= self._schedule.end:
+                return self._already_done()
+            self._record.ledger.enter("placing", self._clock())
+            self._cluster = stack.enter_context(connect(self._address))
+            self._slots = Slots(self._cluster, self._spec.workers)
+            stack.callback(self._slots.close)
+            self._do(self._life.begin())
+            while self._ended is None:
+                self._turn()
+            return self._finish(self._ended)
+
+    def _turn(self) -> None:
+        """One round of the loop: slots, reports, requests, heartbeat."""
+        if self._life.state in ("placing", "waiting", "recovering"):
+            self._place()
+        else:
+            self._pump(_POLL_SECONDS)
+        self._check_stop()
+        self._handle(Tick())
+        self._record.beat(self._clock(), self._state())
+
+    def _handle(self, event: Event) -> None:
+        if not isinstance(event, Tick | StepReport):
+            self._record.event(event)
+        self._do(self._life.handle(event, self._clock()))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Place():
+                    self._slots.want(action.slots)
+                    self._place_since = self._clock()
+                case StartAttempt():
+                    self._start(action.num_ranks)
+                case KillWorkers():
+                    self._kill()
+                case TellStop():
+                    for slot in self._ranks:
+                        slot.agent.tell.remote("stop")
+                case Commit():
+                    self._commit(action.step)
+                case Discard():
+                    self._drop(action.step, action.reason)
+                case Say():
+                    self._view.say(action.text, "warn" if self._life.state in ("recovering", "waiting") else "info")
+                case End():
+                    self._ended = action
+
+    # ---- before ----
+
+    @property
+    def _step(self) -> int:
+        return self._resume.step if self._resume else 0
+
+    @property
+    def _position(self) -> int:
+        return int(self._resume.manifest["position"]) if self._resume else 0
+
+    def _announce(self, changes: list[str]) -> None:
+        spec, train = self._spec, self._plan.train
+        self._view.say(
+            f"{spec.name}: {train.num_rows:,} rows in {train.num_units} row groups, "
+            f"{self._schedule.total_steps} steps, into {self._run.url}"
+        )
+        self._view.say(f"global batch: {BatchPlan.of(spec.batch.global_, spec.batch.micro, spec.workers.max)}")
+        if self._schedule.dropped:
+            self._view.say(f"data.end: drop leaves out the last {self._schedule.dropped} rows", "warn")
+        if self._resume:
+            self._view.say(f"resuming from the checkpoint of step {self._step}", "good")
+        for change in changes:
+            self._view.say(f"changed since the last start: {change}")
+
+    def _make_hub(self) -> Hub:
+        metrics, engine = self._spec.metrics, self._spec.engine
+        labels = {"run": self._spec.name, "zero_stage": str(engine.zero), "precision": engine.precision}
+        # On a cluster a scraper expects the port; on a laptop another run may have it.
+        on_cluster = bool(self._address or os.environ.get("RAY_ADDRESS"))
+        hub = Hub(metrics.host, metrics.port, move=not on_cluster, labels=labels)
+        if hub.moved:
+            self._view.say(f"metrics port {metrics.port} is busy; using {hub.port}")
+        return hub
+
+    def _restore_record(self) -> None:
+        if self._resume:
+            self._record.best = self._resume.manifest.get("best")
+            self._record.metrics = dict(self._resume.manifest.get("metrics") or {})
+            self._life.committed_step = self._step
+
+    def _already_done(self) -> dict[str, Any]:
+        self._view.say(
+            f"this run has finished at step {self._step}; raise train.epochs to go on, or change `name`", "good"
+        )
+        return self._record.summary("finished", self._step, self._clock())
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM stops the run cleanly, a second one at once."""
+
+        def on_signal(number: int, _frame: Any) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+
+        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---- placing and starting ----
+
+    def _place(self) -> None:
+        known = len(self._slots.slots)
+        slots = len(self._slots.ready(_POLL_SECONDS))
+        waited = self._clock() - (self._place_since or 0.0)
+        full = slots >= self._life.max_workers
+        final = waited > (0.0 if full else _PLACE_GRACE_SECONDS)
+        if slots != known or final:
+            before = self._life.state
+            self._handle_placed(Placed(slots, final), changed=slots != known)
+            if self._life.state == "waiting" and before != "waiting":
+                self._record.ledger.enter("waiting_for_capacity", self._clock())
+        patience = 0.0 if self._cluster.private else self._spec.workers.wait_seconds
+        if self._life.state == "waiting" and waited > patience:
+            self._do(self._life.wait_over(str(self._cluster)))
+
+    def _handle_placed(self, event: Placed, changed: bool) -> None:
+        if changed:
+            self._handle(event)
+        else:  # nothing new to log
+            self._do(self._life.handle(event, self._clock()))
+
+    def _start(self, num_ranks: int) -> None:
+        """A fresh group: an attempt number nobody else has, a port nobody else uses, every rank its job."""
+        import ray
+
+        self._record.ledger.enter("starting", self._clock())
+        self._attempt = self._run.claim_attempt()
+        self._saved.clear()
+        self._ranks = sorted(self._slots.slots, key=lambda s: (s.info.node_id, s.info.gpus))[:num_ranks]
+        self._record.start_attempt(self._attempt, num_ranks)
+        try:
+            port = ray.get(self._ranks[0].agent.free_port.remote())
+            starts = [s.agent.start.remote(job) for s, job in zip(self._ranks, self._jobs(port), strict=True)]
+            self._pids = ray.get(starts)
+        except ray.exceptions.RayError as error:
+            self._handle(AgentLost(0, str(error).splitlines()[0]))
+            return
+        self._polls = {slot.agent.poll.remote(_POLL_SECONDS): rank for rank, slot in enumerate(self._ranks)}
+
+    def _jobs(self, port: int) -> list[RankJob]:
+        best = self._record.best
+        return [
+            RankJob(
+                spec=self._spec,
+                attempt=self._attempt,
+                rank=rank,
+                num_ranks=len(self._ranks),
+                step=self._step,
+                position=self._position,
+                schedule=self._schedule,
+                num_lanes=self._plan.num_lanes,
+                window_units=self._plan.window_units,
+                plan_id=self._plan.plan_id,
+                train_catalog=self._plan.train.to_bytes(),
+                eval_catalog=self._plan.eval.to_bytes() if self._plan.eval else None,
+                checkpoints=self._run.checkpoints.url,
+                resume={**self._resume.manifest, "path": self._resume.path} if self._resume else None,
+                best=float(best["value"]) if best else None,
+                cwd=self._cwd,
+                device=self._slots.device,
+                environment=self._environment(rank, port),
+            )
+            for rank in range(len(self._ranks))
+        ]
+
+    def _environment(self, rank: int, port: int) -> Mapping[str, str]:
+        """Where this rank is among all, and among those of its node."""
+        me = self._ranks[rank].info
+        peers = [s.info for s in self._ranks if s.info.node_id == me.node_id]
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(self._ranks)),
+            "LOCAL_RANK": str(peers.index(me)),
+            "LOCAL_WORLD_SIZE": str(len(peers)),
+            "MASTER_ADDR": self._ranks[0].info.address,
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": me.interface,
+            "NCCL_SOCKET_IFNAME": me.interface,
+        }
+        if me.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(g for p in peers for g in p.gpus)
+        return environment
+
+    # ---- running ----
+
+    def _pump(self, seconds: float) -> None:
+        """Takes in what the agents have, waiting for one of them up to `seconds`."""
+        import ray
+
+        if not self._polls:
+            time.sleep(seconds)
+            return
+        done, _ = ray.wait(list(self._polls), num_returns=1, timeout=2 * seconds)
+        for ref in done:
+            rank = self._polls.pop(ref)
+            try:
+                attempt, events = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                self._slots.lose(self._ranks[rank])
+                self._handle(AgentLost(rank, str(error).splitlines()[0]))
+                return
+            if self._life.state not in ("placing", "waiting", "recovering"):
+                self._polls[self._ranks[rank].agent.poll.remote(_POLL_SECONDS)] = rank
+            if attempt == self._attempt:
+                for event in events:
+                    self._take(event)
+
+    def _take(self, event: Event | LogLine) -> None:
+        now = self._clock()
+        match event:
+            case LogLine():
+                self._record.log(event)
+                return
+            case StepReport():
+                if self._record.ledger.state == "starting":
+                    self._record.ledger.enter("other", now - event.seconds)
+                self._record.step(event, now, self._schedule.total_steps)
+            case EvalReport():
+                self._record.evaluated(event, now)
+            case Saved():
+                self._record.saved(event, now)
+                self._saved.setdefault(event.step, {})[event.rank] = event
+            case SaveFailed():
+                self._record.saved(event, now)
+        self._handle(event)
+
+    def _commit(self, step: int) -> None:
+        files = self._saved.pop(step)
+        first = files[0]
+        meta = {
+            "position": first.position,
+            "num_ranks": len(files),
+            "zero": self._spec.engine.zero,
+            "precision": self._spec.engine.precision,
+            "global_batch": self._spec.batch.global_,
+            "plan_id": self._plan.plan_id,
+            "metrics": self._record.metrics,
+            "best": self._record.best,
+            "ledger": self._record.ledger.to_dict(),
+            "spec": self._spec.to_dict(),
+            "dltrain": __version__,
+            **first.meta,
+        }
+        store = self._run.checkpoints
+        try:
+            path = commit(store, step, self._attempt, [files[r].file for r in sorted(files)], meta)
+        except (OSError, StoreError) as error:
+            self._drop(step, str(error))
+            return
+        size = sum(int(f.file["bytes"]) for f in files.values())
+        self._record.committed(step, size)
+        self._handle(Committed(step))
+        manifest = {"format": 1, "step": step, **meta, "files": [files[r].file for r in sorted(files)]}
+        self._resume = Checkpoint(path, manifest)
+        best = self._record.best
+        with contextlib.suppress(OSError, StoreError):
+            prune(store, self._spec.checkpoint.keep, best["step"] if best else None)
+
+    def _drop(self, step: int, reason: str) -> None:
+        self._record.save_failed(step, reason)
+        with contextlib.suppress(OSError, StoreError):
+            discard(self._run.checkpoints, step, self._attempt)
+        self._handle(Committed(step, reason))
+
+    def _kill(self) -> None:
+        import ray
+
+        now = self._clock()
+        self._record.ledger.part("detecting", float("inf"), now)
+        self._record.ledger.enter("recovering", now)
+        if self._life.state == "recovering":
+            self._record.restarted(self._life.restart_reasons[-1])
+        killing = [slot.agent.kill.remote() for slot in self._ranks if slot in self._slots.slots]
+        if killing:
+            ray.wait(killing, num_returns=len(killing), timeout=30)
+        self._polls = {}
+        if self._life.state == "recovering":
+            # What was committed a moment ago may be damaged, if a dying disk was the reason.
+            self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
+            self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+
+    def _check_stop(self) -> None:
+        now = self._clock()
+        if self._signal is not None:
+            self._handle(StopRequested())
+        elif now - self._stop_checked >= _STOP_CHECK_SECONDS * (1 if self._run.is_local else 10):
+            self._stop_checked = now
+            with contextlib.suppress(StoreError):
+                if self._run.take_stop():
+                    self._handle(StopRequested())
+
+    # ---- after ----
+
+    def _state(self) -> dict[str, Any]:
+        workers = [
+            {"rank": r, "pid": pid, "node": slot.info.address, "state": self._life.state}
+            for r, (slot, pid) in enumerate(zip(self._ranks, self._pids, strict=False))
+        ]
+        return {
+            "run": self._spec.name,
+            "state": self._life.state,
+            "step": self._life.step,
+            "total_steps": self._schedule.total_steps,
+            "world_size": self._life.num_ranks,
+            "workers": workers,
+            "restarts": self._record.total_restarts,
+            "samples_per_second": round(self._record.rate, 1),
+            "goodput": round(self._record.ledger.goodput, 4),
+            "checkpoint_step": self._life.committed_step,
+        }
+
+    def _finish(self, end: End) -> dict[str, Any]:
+        now = self._clock()
+        self._record.ledger.enter("other", now)
+        error = f"{end.error}" if end.error else ""
+        self._record.note("end", status=end.status, error=error)
+        summary = self._record.summary(end.status, self._life.step, now)
+        state = {**self._state(), "workers": [], "error": error, "summary": summary}
+        self._record.beat(now, state, force=True)
+        if end.error:
+            raise end.error
+        return {**summary, "signal": self._signal} if self._signal else summary

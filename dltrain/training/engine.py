@@ -1,0 +1,214 @@
+"""One network wrapped by DeepSpeed, with the exact global mean and steps that all ranks agree on.
+
+engine = Engine(module, spec.optim, spec.engine, micro_batch=64, grad_accum_steps=2, total_steps=300, device=cpu)
+engine.begin_step(local_count)
+for i, micro in enumerate(micros):
+    engine.backward(task.loss(engine, micro), micro.count, last=i == len(micros) - 1)
+result = engine.step()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dltrain.spec import EngineSpec, OptimSpec
+from dltrain.training.config import deepspeed_config, learning_rate
+
+__all__ = ["Engine", "StepResult"]
+
+
+class StepResult(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        applied: the weights were changed.
+        finite: loss and gradients were finite, on every rank.
+        grad_norm: global, before clipping.
+        loss: mean over the global batch.
+    """
+
+    applied: bool
+    finite: bool
+    grad_norm: float
+    learning_rate: float
+    loss: float
+
+
+class Engine:
+    """A module under DeepSpeed; called like the module itself.
+
+    The gradient that is applied is the sum over ranks and micro-batches of loss * count, over the count of
+    the global batch: exact for ragged micro-batches, for ranks with fewer rows, and for stand-ins of count 0.
+
+    Attributes:
+        module: the network; engine: DeepSpeed's wrapper; step_count: optimizer steps tried so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimSpec,
+        spec: EngineSpec,
+        *,
+        micro_batch: int,
+        grad_accum_steps: int,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        import deepspeed
+
+        self._optim, self._total_steps, self._device = optim, total_steps, device
+        self._num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._dtype = torch.bfloat16 if spec.precision == "bf16" else None
+        # Nothing wraps the optimizer then, and nothing checks or clips.
+        self._plain = spec.zero == 0 and spec.precision == "fp32"
+        config = deepspeed_config(optim, spec, micro_batch, grad_accum_steps, self._num_ranks)
+        module.to(device)
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=module, optimizer=_optimizer(module, optim), config=config, dist_init_required=False
+        )
+        self.module = module
+        self.step_count = 0
+        self._begun: Any = None
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
+
+    # ---- forward and backward ----
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward; floating inputs are cast to the engine's precision."""
+        if self._dtype:
+            args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
+        return self.engine(*args, **kwargs)
+
+    def begin_step(self, local_count: float, flag: int = 0) -> None:
+        """Starts adding up counts and flags over ranks; the answer is waited for after the forward."""
+        self._totals = torch.tensor([local_count, flag], dtype=torch.float64).to(self._device)
+        self._begun = dist.all_reduce(self._totals, async_op=True) if self._num_ranks > 1 else None
+        self._loss.zero_()
+        self._global_count: float | None = None
+
+    @property
+    def global_count(self) -> float:
+        """Units of the global batch."""
+        self._wait()
+        assert self._global_count is not None
+        return self._global_count
+
+    @property
+    def flag(self) -> int:
+        """The flags of all ranks, added up."""
+        self._wait()
+        return self._flag
+
+    def _wait(self) -> None:
+        if self._global_count is None:
+            if self._begun is not None:
+                self._begun.wait()
+            count, flag = self._totals.tolist()
+            self._global_count, self._flag = count, int(flag)
+
+    def backward(self, loss: torch.Tensor, count: float, *, last: bool) -> None:
+        """Adds a micro-batch's gradient.
+
+        Args:
+            loss: mean over the micro-batch's `count` units.
+            last: it is the step's last one; every rank says so at the same call.
+        """
+        total = self.global_count
+        weighted = loss.float() * count
+        self._loss += weighted.detach()
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the sum is wanted.
+        self.engine.backward(weighted * (self._num_ranks / max(total, 1.0)), scale_wrt_gas=False)
+
+    # ---- the update ----
+
+    def step(self) -> StepResult:
+        """Updates the weights, unless loss or gradients are not finite anywhere: then no rank does."""
+        loss = self._global_loss()
+        rate = learning_rate(self._optim, self.step_count, self._total_steps)
+        self.step_count += 1
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        if not math.isfinite(loss):
+            self._poison()
+        norm = self._plain_step() if self._plain else self._wrapped_step()
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        return StepResult(self._applied, finite, norm, rate, loss)
+
+    def _global_loss(self) -> float:
+        if self._num_ranks > 1:
+            dist.all_reduce(self._loss)
+        return float(self._loss) / max(self.global_count, 1.0)
+
+    def _plain_step(self) -> float:
+        """ZeRO 0 in fp32. Every rank holds the same reduced gradients, so all come to the same answer."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._optim.clip or math.inf))
+        self._applied = math.isfinite(norm)
+        if self._applied:
+            self.engine.step()
+        else:
+            self.engine.optimizer.zero_grad()
+            self.engine.micro_steps += 1
+        return norm
+
+    def _wrapped_step(self) -> float:
+        """DeepSpeed's own optimizers leave a step out, on all ranks, when the global norm is not finite."""
+        self.engine.step()
+        self._applied = not bool(getattr(self.engine.optimizer, "overflow", False))
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if self._applied and norm is not None else math.nan
+
+    def _poison(self) -> None:
+        """The loss was not finite though the gradients may be: make them so, and the step is left out."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        for tensors in getattr(self.engine.optimizer, "averaged_gradients", {}).values():
+            for tensor in tensors or ():
+                tensor.fill_(math.nan)
+
+    # ---- modes ----
+
+    def train(self) -> None:
+        """Dropout and BatchNorm as in training."""
+        self.engine.train()
+
+    def eval(self) -> None:
+        """Dropout and BatchNorm as in evaluation."""
+        self.engine.eval()
+
+
+def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
+    """The torch optimizer, biases and norms (one dimension) without weight decay."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    split = [
+        {"params": [p for p in trainable if _ndim(p) > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if _ndim(p) <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in split if group["params"]]
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value
