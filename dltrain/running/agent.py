@@ -75,7 +75,7 @@ class Agent:
         import ray
 
         context = ray.get_runtime_context()
-        address = ray.util.get_node_ip_address()
+        address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         gpus = tuple(str(g) for g in context.get_accelerator_ids().get("GPU", []))
         return SlotInfo(context.get_node_id(), address, _interface_of(address), gpus, os.getpid())
 

@@ -68,7 +68,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
     except ConnectionError as error:
         raise UserError(f"--address: no Ray cluster answers at {target}: {error}") from None
     try:
-        has = ray.cluster_resources()
+        has = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(private, has.get("CPU", 0.0), has.get("GPU", 0.0))
     finally:
         ray.shutdown()
@@ -126,17 +126,14 @@ class Slots:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        agent = (
-            ray.remote(Agent)
-            .options(
-                num_cpus=self._bundle["CPU"],
-                num_gpus=1 if self._gpus else 0,
-                resources=self._resources,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-                max_concurrency=4,
-            )
-            .remote(self.device, self._num_threads)
-        )
+        actor: Any = ray.remote(Agent)
+        agent = actor.options(
+            num_cpus=self._bundle["CPU"],
+            num_gpus=1 if self._gpus else 0,
+            resources=self._resources,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            max_concurrency=4,
+        ).remote(self.device, self._num_threads)
         self._greeting[agent.hello.remote()] = (group, agent)
 
     def _admit(self, ref: Any) -> None:

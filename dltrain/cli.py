@@ -1,0 +1,197 @@
+"""The `dltrain` command: one verb per function; parse, call, print.
+
+dltrain run jobs/image_cnn.yaml workers=2 optim.lr=3e-4
+dltrain plan jobs/image_cnn.yaml --json
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from dltrain.errors import DltrainError, TaskError
+
+__all__ = ["main"]
+
+_LAUNCHED = time.monotonic()
+
+app = typer.Typer(
+    name="dltrain",
+    help="Train deep-learning models on a Ray cluster with DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoint_app = typer.Typer(help="List, verify and export a run's checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Spec = Annotated[str, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace the file's, for example optim.lr=3e-4 workers=2.", metavar="KEY=VALUE"),
+]
+Run = Annotated[str, typer.Argument(help="A run's name (under ./runs or $DLTRAIN_RUNS) or its URL.", metavar="RUN")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="A Ray cluster (ray://host:10001, host:6379 or auto); default: RAY_ADDRESS, else a private Ray."),
+]
+Which = Annotated[str, typer.Option("--step", help="A step, `newest` or `best`.")]
+
+
+@app.command()
+def run(spec: Spec, overrides: Overrides = None, address: Address = None, json: Json = False) -> None:
+    """Train. The same command again resumes the same run from its last checkpoint."""
+    from dltrain.observing.report import print_summary
+    from dltrain.observing.view import make_view
+    from dltrain.running.driver import Driver
+    from dltrain.spec import load_spec
+
+    driver = Driver(load_spec(spec, overrides or []), make_view(json), address, launched=_LAUNCHED)
+    summary = driver.run()
+    number = summary.pop("signal", None)
+    if json:
+        _print_json(summary)
+    else:
+        print_summary(summary, spec)
+    if number:
+        # The status that a job's retry resumes from.
+        raise typer.Exit(128 + number)
+
+
+@app.command()
+def plan(spec: Spec, overrides: Overrides = None, json: Json = False) -> None:
+    """Show what a run would do, without Ray: batch arithmetic, data per worker, memory, DeepSpeed's JSON."""
+    from dltrain.running.dry import dry_run, print_plan
+    from dltrain.spec import load_spec
+
+    found = dry_run(load_spec(spec, overrides or []))
+    if json:
+        _print_json(found)
+    else:
+        print_plan(found)
+
+
+@app.command()
+def status(run: Run, json: Json = False) -> None:
+    """What a run is doing now."""
+    from dltrain.observing.report import print_status
+    from dltrain.running.rundir import find_run
+
+    state = find_run(run).state() or {"run": run, "state": "planning"}
+    if json:
+        _print_json(state)
+    else:
+        print_status(state)
+
+
+@app.command(name="list")
+def list_(json: Json = False) -> None:
+    """The runs under ./runs or $DLTRAIN_RUNS."""
+    from dltrain.observing.report import print_runs
+    from dltrain.running.rundir import find_run, list_runs, runs_url
+
+    states = [{"run": name, **(find_run(name).state() or {"state": "planning"})} for name in list_runs()]
+    if json:
+        _print_json({"runs": states})
+    else:
+        print_runs(states, runs_url())
+
+
+@app.command()
+def stop(
+    run: Run,
+    wait: Annotated[bool, typer.Option(help="Return when the run has stopped.")] = True,
+    json: Json = False,
+) -> None:
+    """Stop a run after the step it is in, with a checkpoint; `dltrain run` goes on from there."""
+    from dltrain.running.control import stop_run
+
+    state = stop_run(run, wait)
+    if json:
+        _print_json(state)
+    else:
+        typer.echo(f"{run}: {state['state']} at step {state.get('step', 0)}")
+
+
+@checkpoint_app.command(name="list")
+def checkpoint_list(run: Run, json: Json = False) -> None:
+    """The checkpoints of a run, oldest first."""
+    from dltrain.observing.report import print_checkpoints
+    from dltrain.running.control import checkpoint_table
+
+    rows = checkpoint_table(run)
+    if json:
+        _print_json({"checkpoints": rows})
+    else:
+        print_checkpoints(rows)
+
+
+@checkpoint_app.command()
+def verify(run: Run, json: Json = False) -> None:
+    """Read every checkpoint back and compare sizes and checksums; exit 1 when one is damaged."""
+    from dltrain.running.control import verify_checkpoints
+
+    rows = verify_checkpoints(run)
+    if json:
+        _print_json({"checkpoints": rows})
+    else:
+        for row in rows:
+            typer.echo(f"step {row['step']}: {'; '.join(row['problems']) or 'good'}")
+    if any(row["problems"] for row in rows):
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="Path or URL of the file.")] = "model.safetensors",
+    step: Which = "best",
+    json: Json = False,
+) -> None:
+    """Write a checkpoint's weights as one safetensors file that load_state_dict takes."""
+    from dltrain.running.control import export_checkpoint
+
+    done = export_checkpoint(run, to, step)
+    if json:
+        _print_json(done)
+    else:
+        typer.echo(f"wrote the weights of step {done['step']} to {done['file']} ({done['bytes']:,} bytes)")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: errors of ours become a message and their exit code, without a traceback."""
+    # `list` and friends into a closed pipe must not end in a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    json = "--json" in (arguments if arguments is not None else sys.argv)
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="dltrain")
+    except DltrainError as error:
+        _print_error(error, json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_error(error: DltrainError, json: bool) -> None:
+    trace = error.trace if isinstance(error, TaskError) else ""
+    where = f" (rank {error.rank}, step {error.step})" if isinstance(error, TaskError) else ""
+    if json:
+        _print_json({"status": "failed", "error": f"{error}{where}", "trace": trace, "exit_code": error.exit_code})
+    if trace:
+        print(trace, file=sys.stderr)
+    print(f"dltrain: {error}{where}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json_module.dumps(value))
+
+
+if __name__ == "__main__":
+    main()

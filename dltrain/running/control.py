@@ -1,0 +1,72 @@
+"""What the short commands do to a run: stop it, and look after its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dltrain.checkpoint.commit import Checkpoint, find, list_checkpoints, verify
+from dltrain.errors import UserError
+from dltrain.running.rundir import find_run
+
+__all__ = ["checkpoint_table", "export_checkpoint", "stop_run", "verify_checkpoints"]
+
+_OVER = ("finished", "stopped", "failed", "lost")
+_POLL_SECONDS = 0.2
+
+
+def stop_run(name: str, wait: bool, sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+    """Asks a run to stop, and waits until it has.
+
+    Raises:
+        UserError: it is not running.
+    """
+    run = find_run(name)
+    state = run.state()
+    if state is None or state["state"] in _OVER:
+        found = state["state"] if state else "not started"
+        raise UserError(f"{name} is not running ({found}); there is nothing to stop")
+    run.request_stop()
+    while wait and state["state"] not in _OVER:
+        sleep(_POLL_SECONDS)
+        state = run.state() or state
+    return state
+
+
+def checkpoint_table(name: str) -> list[dict[str, Any]]:
+    """A run's checkpoints, oldest first."""
+    found = list_checkpoints(find_run(name).checkpoints)
+    best = _best_step(found)
+    return [
+        {
+            "step": c.step,
+            "num_ranks": c.manifest["num_ranks"],
+            "zero": c.manifest["zero"],
+            "bytes": c.num_bytes,
+            "metrics": c.manifest.get("metrics") or {},
+            "best": c.step == best,
+            "path": c.path,
+        }
+        for c in found
+    ]
+
+
+def _best_step(found: list[Checkpoint]) -> int | None:
+    best = found[-1].manifest.get("best") if found else None
+    return int(best["step"]) if best else None
+
+
+def verify_checkpoints(name: str) -> list[dict[str, Any]]:
+    """Every checkpoint with what is wrong with it."""
+    store = find_run(name).checkpoints
+    return [{"step": c.step, "path": c.path, "problems": verify(store, c)} for c in list_checkpoints(store)]
+
+
+def export_checkpoint(name: str, target: str, which: str) -> dict[str, Any]:
+    """Writes one checkpoint's weights."""
+    from dltrain.checkpoint.export import export
+
+    store = find_run(name).checkpoints
+    checkpoint = find(store, which)
+    return {"run": name, "step": checkpoint.step, "file": target, "bytes": export(store, checkpoint, target)}

@@ -1,0 +1,158 @@
+"""The dry run: what `dltrain plan` prints, worked out without Ray.
+
+print_plan(dry_run(spec))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dltrain.data.catalog import check_columns
+from dltrain.data.order import Order
+from dltrain.running.driver import make_plan
+from dltrain.running.rundir import Plan, RunDir
+from dltrain.spec import JobSpec
+from dltrain.training.config import deepspeed_config
+from dltrain.training.plan import BatchPlan, Schedule
+from dltrain.training.task import load_task
+
+__all__ = ["dry_run", "memory_estimate", "print_plan"]
+
+_MIB = 1024 * 1024
+# fp32 master, and what the optimizer keeps per parameter.
+_MASTER_BYTES = 4
+_MOMENT_BYTES = {"adamw": 8, "sgd": 4}
+
+
+def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
+    """Everything that is known before a run.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    task = load_task(spec.task, spec.args, cwd or os.getcwd())
+    plan, changes = make_plan(spec, RunDir.of(spec))
+    columns = spec.data.columns or task.columns or tuple(plan.train.schema.names)
+    for catalog in filter(None, (plan.train, plan.eval)):
+        check_columns(catalog, columns, spec.task)
+    schedule = Schedule.of(spec, plan.train.num_rows)
+    num_ranks = spec.workers.max
+    batch = BatchPlan.of(spec.batch.global_, spec.batch.micro, num_ranks)
+    parameters = sum(p.numel() for p in task.build().parameters())
+    return {
+        "spec": spec.to_dict(),
+        "changes": changes,
+        "batch": {
+            "sum": str(batch),
+            "global": batch.global_batch,
+            "micro": batch.micro_batch,
+            "grad_accum_steps": batch.grad_accum_steps,
+            "workers": num_ranks,
+        },
+        "steps": {
+            "total": schedule.total_steps,
+            "per_epoch": schedule.steps_per_epoch,
+            "eval_every": schedule.eval_every,
+            "checkpoint_every": schedule.checkpoint_every,
+            "dropped_rows": schedule.dropped,
+        },
+        "data": _data(plan, spec, columns, num_ranks),
+        "memory": memory_estimate(spec, parameters, num_ranks),
+        "deepspeed": deepspeed_config(
+            spec.optim, spec.engine, batch.micro_batch, batch.grad_accum_steps, batch.num_ranks
+        ),
+    }
+
+
+def _data(plan: Plan, spec: JobSpec, columns: tuple[str, ...], num_ranks: int) -> dict[str, Any]:
+    train = plan.train
+    order = Order(train.unit_rows.tolist(), plan.num_lanes, plan.window_units, spec.data.seed)
+    workers = [_share(order, plan, spec.batch.global_, rank, num_ranks) for rank in range(num_ranks)]
+    return {
+        "rows": train.num_rows,
+        "row_groups": train.num_units,
+        "files": len(train.files),
+        "bytes": train.num_bytes,
+        "eval_rows": plan.eval.num_rows if plan.eval else 0,
+        "columns": list(columns),
+        "lanes": plan.num_lanes,
+        "window": plan.window_units,
+        "plan_id": plan.plan_id,
+        "workers": workers,
+    }
+
+
+def _share(order: Order, plan: Plan, global_batch: int, rank: int, num_ranks: int) -> dict[str, int]:
+    """What one rank reads in the first epoch, exactly."""
+    windows: set[tuple[int, int]] = set()
+    rows = 0
+    for at in range(0, order.num_rows, global_batch):
+        size = min(global_batch, order.num_rows - at)
+        for s in order.segments(at, size, rank, num_ranks):
+            windows.add((s.lane, s.window))
+            rows += s.hi - s.lo
+    units = {span.unit for lane, window in windows for span in order.window_spans(0, lane, window)}
+    sizes = plan.train.units["bytes"].to_numpy()
+    return {"rank": rank, "rows": rows, "row_groups": len(units), "bytes": int(sum(sizes[u] for u in units))}
+
+
+def memory_estimate(spec: JobSpec, parameters: int, num_ranks: int) -> dict[str, Any]:
+    """Bytes of one worker by what they hold, activations left out.
+
+    Source of the sharding: Rajbhandari et al., ZeRO, SC 2020, section 5.
+    """
+    zero, low = spec.engine.zero, 2 if spec.engine.precision == "bf16" else 4
+    shard = {stage: num_ranks if zero >= stage else 1 for stage in (1, 2, 3)}
+    # In fp32 the weights are their own master, except where ZeRO keeps a flat copy.
+    master = 0 if (low == 4 and zero == 0) else _MASTER_BYTES
+    parts = {
+        "weights": parameters * low // shard[3],
+        "gradients": parameters * low // shard[2],
+        "optimizer": parameters * (master + _MOMENT_BYTES[spec.optim.name]) // shard[1],
+    }
+    return {"parameters": parameters, **parts, "total": sum(parts.values()), "activations": "not estimated"}
+
+
+def print_plan(found: Mapping[str, Any]) -> None:
+    """As tables."""
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    data, batch, steps, memory = found["data"], found["batch"], found["steps"], found["memory"]
+    console.rule("spec", align="left")
+    console.print(yaml.safe_dump(found["spec"], sort_keys=False), highlight=False, markup=False)
+    for change in found["changes"]:
+        console.print(f"changed since the last start: {change}", markup=False)
+    console.rule("batch and steps", align="left")
+    console.print(f"global batch: {batch['sum']}", highlight=False)
+    console.print(
+        f"{steps['total']:,} steps, {steps['per_epoch']:,} an epoch; evaluation every {steps['eval_every']:,}, "
+        f"checkpoint every {steps['checkpoint_every']:,}",
+        highlight=False,
+    )
+    console.rule("data of one epoch", align="left")
+    console.print(
+        f"{data['rows']:,} rows, {data['row_groups']:,} row groups, {data['bytes'] / _MIB:,.2f} MiB in "
+        f"{data['files']:,} files; columns {', '.join(data['columns'])}; {data['lanes']} lanes, "
+        f"windows of {data['window']}",
+        highlight=False,
+        markup=False,
+    )
+    table = Table("worker", "rows", "row groups", "MiB")
+    for worker in data["workers"]:
+        cells = (f"{worker['rows']:,}", f"{worker['row_groups']:,}", f"{worker['bytes'] / _MIB:,.2f}")
+        table.add_row(str(worker["rank"]), *cells)
+    console.print(table)
+    console.rule("memory of one worker", align="left")
+    table = Table("", "MiB")
+    for name in ("weights", "gradients", "optimizer", "total"):
+        table.add_row(name, f"{memory[name] / _MIB:,.1f}")
+    console.print(table)
+    console.print(f"{memory['parameters']:,} parameters; activations are not estimated", highlight=False)
+    console.rule("DeepSpeed", align="left")
+    console.print_json(json.dumps(found["deepspeed"]))

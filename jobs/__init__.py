@@ -1,0 +1,1 @@
+"""One task and one YAML per kind of network; copy the nearest one."""
