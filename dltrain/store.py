@@ -6,7 +6,8 @@
     with explain(url): fs, path = filesystem(url); fs.open(path)
 
 S3: endpoint from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, region from AWS_REGION or AWS_DEFAULT_REGION,
-credentials from the environment or the usual chain.
+credentials from the environment or the usual chain. A Store may be used from several threads at once, not
+across a fork.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import builtins
 import contextlib
 import errno
 import os
-import tempfile
-from collections.abc import Iterator
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -27,11 +29,18 @@ __all__ = ["Store", "explain", "filesystem", "open_store"]
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
-_ATTEMPTS = 4
+# botocore repeats a request that failed on the way, s3fs a reply that broke off: the worst case is the product.
+_ATTEMPTS = 3
+_REPEATS = 2
+_CREATE_TRIES = 5
+_TEMPORARY = ".dltrain-tmp-"
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 class Store:
     """A directory in some storage.
+
+    Every verb raises StoreError when the storage can't be reached or refuses.
 
     Args:
         url: normalised, without a trailing slash.
@@ -52,27 +61,36 @@ class Store:
 
     def child(self, *parts: str) -> Store:
         """A sub-directory."""
-        return Store("/".join([self.url, *parts]), self.fs, self.path(*parts))
+        return Store("/".join([self.url.rstrip("/"), *parts]), self.fs, self.path(*parts))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or directory now."""
-        with explain(self.url):
-            self._forget()
-            return bool(self.fs.exists(self.path(name)))
+        try:
+            with self._asking():
+                # Not fs.exists: for a bucket it takes every failure for "no".
+                self.fs.info(self._under(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """A file, or its bytes [start, end).
+        """A file, or its bytes [start, end), fewer where the file ends.
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: the storage can't be reached or refuses.
         """
-        with explain(self.url):
-            return bytes(self.fs.cat_file(self.path(name), start=start, end=end))
+        with self._asking():
+            try:
+                return bytes(self.fs.cat_file(self.path(name), start=start, end=end))
+            except OSError as error:
+                # S3 has no reply for a range that begins past the end.
+                if _code(error) == "InvalidRange":
+                    return b""
+                raise
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all, over the one that was there."""
-        with explain(self.url):
+        with self._asking():
             if self._local:
                 with _temporary(self.path(name), data) as temporary:
                     os.replace(temporary, self.path(name))
@@ -80,56 +98,78 @@ class Store:
                 self.fs.pipe_file(self.path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a file only if it is not there yet; False when it was. Of several at once one wins."""
-        with explain(self.url):
-            try:
-                if self._local:
-                    with _temporary(self.path(name), data) as temporary:
-                        os.link(temporary, self.path(name))
-                else:
-                    self.fs.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+        """Writes a file only if it is not there yet; False when it was. Of several at once one wins.
+
+        Also False where S3's reply to a write that succeeded was lost and the repeat found the file.
+        """
+        with self._asking():
+            return _link(self.path(name), data) if self._local else _put_new(self.fs, self.path(name), data)
 
     def list(self, prefix: str = "") -> builtins.list[str]:
         """Files under it at any depth, relative to the store, sorted; [] when there is no such directory."""
-        with explain(self.url):
-            self._forget()
-            base = self.path(prefix) if prefix else self.root
-            try:
-                found = self.fs.find(base)
-            except FileNotFoundError:
-                return []
+        base = self._under(prefix).rstrip("/")
+        try:
+            with self._asking():
+                found = list(_walk(base)) if self._local else self.fs.find(base)
+        except FileNotFoundError:
+            return []
         start = len(self.root.rstrip("/")) + 1
-        return sorted(path[start:] for path in found)
+        return sorted(path[start:] for path in found if path.startswith(f"{base}/") and not path.endswith("/"))
 
     def dirs(self, prefix: str = "") -> builtins.list[str]:
-        """Names of the directories right under it, sorted."""
-        with explain(self.url):
-            self._forget()
-            try:
-                found = self.fs.ls(self.path(prefix) if prefix else self.root, detail=True)
-            except FileNotFoundError:
-                return []
-        return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in found if e["type"] == "directory")
+        """Names of the directories right under it, sorted; [] when there is no such directory."""
+        try:
+            with self._asking():
+                return sorted(_directories(self.fs, self._under(prefix), self._local))
+        except FileNotFoundError:
+            return []
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        with explain(self.url):
-            self._forget()
-            return int(self.fs.size(self.path(name)))
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self._asking():
+            return int(self.fs.info(self.path(name))["size"])
 
     def delete(self, prefix: str) -> None:
         """Removes a file or a directory with all in it; fine when there is none."""
-        with explain(self.url):
-            self._forget()
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(self.path(prefix), recursive=True)
+        if not prefix.strip("/"):
+            raise ValueError(f"{self.url}: delete needs the name of a file or directory under it")
+        with self._asking(), contextlib.suppress(FileNotFoundError):
+            if self._local:
+                _remove(self.path(prefix))
+            else:
+                self._remove_objects(self.path(prefix))
 
-    def _forget(self) -> None:
-        """Listings that fsspec keeps would hide what other processes did."""
+    def _remove_objects(self, path: str) -> None:
+        before = set(self.fs.find(path))
+        self.fs.rm(path, recursive=True)
         self.fs.invalidate_cache()
+        # s3fs drops the per-object refusals of a bulk delete.
+        kept = sorted(before & set(self.fs.find(path)))
+        if kept:
+            raise StoreError(
+                f"{self.url}: {len(kept)} of {len(before)} files could not be deleted, {kept[0]} among them; "
+                "let this user delete there, or remove the retention rule"
+            )
+
+    def _under(self, name: str) -> str:
+        return self.path(name) if name else self.root
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """`explain` for one request, of which no listing kept from before is used."""
+        with explain(self.url):
+            self.fs.invalidate_cache()
+            try:
+                yield
+            except PermissionError as error:
+                # The reply to a HEAD has no body; a listing's says whether it was the key, the signature or a policy.
+                if _code(error) == "403":
+                    self.fs.ls(self.root)
+                raise
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -139,42 +179,71 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         StoreError: no such kind of storage.
     """
     fs, root = filesystem(url)
-    local = "file" in _protocols(fs)
-    return Store(root if local else fs.unstrip_protocol(root).rstrip("/"), fs, root.rstrip("/"))
+    root = root.rstrip("/")
+    return Store((root or "/") if "file" in _protocols(fs) else fs.unstrip_protocol(root).rstrip("/"), fs, root)
 
 
 def filesystem(url: str | os.PathLike[str]) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL, and the path within it."""
+    """The fsspec filesystem of a URL (a directory, glob or file), and the path within it.
+
+    Raises:
+        StoreError: no such kind of storage, or its settings can't be used.
+    """
     text = os.fspath(url)
-    options = _s3_options() if text.startswith(("s3://", "s3a://")) else {}
+    is_s3 = text.startswith(("s3://", "s3a://"))
+    if is_s3 and not text.partition("://")[2].strip("/"):
+        raise StoreError(f"{text}: names no bucket; write s3://bucket/path")
     try:
-        fs, path = fsspec.core.url_to_fs(text, **options)
+        fs, path = fsspec.core.url_to_fs(text, **(_s3_options() if is_s3 else {}))
     except (ValueError, ImportError) as error:
         raise StoreError(
             f"{text}: {error}; use a path, file://, s3:// or another URL that fsspec has a backend for"
-        ) from None
+        ) from error
+    if is_s3:
+        fs.retries = _REPEATS
     return fs, str(path)
 
 
 def _s3_options() -> dict[str, Any]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    variable, endpoint = _endpoint()
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise StoreError(f"{variable} is {endpoint!r}, which is no URL; begin it with http:// or https://")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return {
+        "endpoint_url": endpoint or None,
+        "client_kwargs": {"region_name": region} if region else {},
+        "config_kwargs": _s3_config(bool(endpoint)),
+        "use_listings_cache": False,
+        # A kept instance would go on with the credentials of its first use.
+        "skip_instance_cache": True,
+    }
+
+
+def _s3_config(own_server: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "connect_timeout": _CONNECT_SECONDS,
         "read_timeout": _READ_SECONDS,
-        "retries": {"mode": "standard", "max_attempts": _ATTEMPTS},
+        "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
     }
-    if endpoint:
-        # A server of one's own seldom has a name for every bucket.
+    if own_server:
+        # Such a server seldom has a name for every bucket, and the older ones refuse AWS's newer checksums.
         config["s3"] = {"addressing_style": "path"}
-    client = {"region_name": region} if region else {}
-    return {
-        "endpoint_url": endpoint,
-        "client_kwargs": client,
-        "config_kwargs": config,
-        "use_listings_cache": False,
-        "default_fill_cache": False,
-    }
+        for option in ("request_checksum_calculation", "response_checksum_validation"):
+            if f"AWS_{option.upper()}" not in os.environ:
+                config[option] = "when_required"
+    return config
+
+
+def _endpoint() -> tuple[str, str]:
+    """The variable that sets the S3 endpoint, and the endpoint; empty for AWS itself."""
+    for variable in _ENDPOINT_VARIABLES:
+        if os.environ.get(variable):
+            return variable, os.environ[variable]
+    return _ENDPOINT_VARIABLES[0], ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Local files. fsspec's own walk takes a directory in which a file vanishes meanwhile for an empty one.
 
 
 @contextlib.contextmanager
@@ -182,17 +251,131 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
     """A complete, synced file beside `path`, gone afterwards whatever happens."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".tmp-")
+    temporary = os.path.join(directory, _TEMPORARY + uuid.uuid4().hex)
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
+        _write_new(temporary, data)
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _write_new(path: str, data: bytes) -> None:
+    with open(path, "xb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _link(path: str, data: bytes) -> bool:
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return _open_new(path, data)
+    return True
+
+
+def _open_new(path: str, data: bytes) -> bool:
+    """As `_link` where the file system has no hard links: still exclusive, but a crash may leave it cut short."""
+    try:
+        _write_new(path, data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _walk(base: str) -> Iterator[str]:
+    for directory, _, names in os.walk(base, onerror=_unless_gone):
+        yield from (os.path.join(directory, name) for name in names if not name.startswith(_TEMPORARY))
+
+
+def _unless_gone(error: BaseException) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _remove(path: str) -> None:
+    def skip_gone(_function: Callable[..., Any], _path: str, info: tuple[Any, BaseException, Any]) -> None:
+        _unless_gone(info[1])
+
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, onerror=skip_gone)
+    else:
+        os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Both kinds.
+
+
+def _directories(fs: Any, path: str, local: bool) -> Iterator[str]:
+    if local:
+        with contextlib.suppress(NotADirectoryError), os.scandir(path or "/") as entries:
+            yield from (entry.name for entry in entries if entry.is_dir())
+    else:
+        for entry in fs.ls(path, detail=True):
+            if entry["type"] == "directory":
+                yield entry["name"].rstrip("/").rpartition("/")[2]
+
+
+def _put_new(fs: Any, path: str, data: bytes) -> bool:
+    for _ in range(_CREATE_TRIES):
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if _code(error) == "PreconditionFailed":
+                return False
+            # AWS: another conditional write is under way; ask again once it is decided.
+            if _code(error) != "ConditionalRequestConflict":
+                raise
+        else:
+            return True
+    return False
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors.
+
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "google", "adlfs", "azure")
+_BAD_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to a pair that belongs to it"
+_UNREACHABLE = "{endpoint} can't be reached; check {variable} and the network"
+_NO_CREDENTIALS = (
+    "no S3 credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every machine"
+)
+
+# What S3 calls it, or the class of the exception -> what to tell the user.
+_SENTENCES = {
+    "NoCredentialsError": _NO_CREDENTIALS,
+    "PartialCredentialsError": "only half of the S3 credentials was found; set AWS_ACCESS_KEY_ID and"
+    " AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "the profile that AWS_PROFILE names is not in ~/.aws; correct or unset AWS_PROFILE",
+    "SignatureDoesNotMatch": f"{{endpoint}} refuses the secret key (SignatureDoesNotMatch); {_BAD_KEYS}",
+    "InvalidAccessKeyId": f"{{endpoint}} does not know the access key (InvalidAccessKeyId); {_BAD_KEYS}",
+    "InvalidToken": "{endpoint} refuses the session token; set AWS_SESSION_TOKEN to that of the keys, or unset it",
+    "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN and the keys that came with it",
+    "RequestTimeTooSkewed": "this machine's clock is too far from that of {endpoint}; set it right",
+    "AccessDenied": "{endpoint} denies access to this user; allow reading and writing there in the bucket's policy",
+    "403": "{endpoint} denies access (403); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
+    "NoSuchBucket": "the bucket does not exist at {endpoint}; create it, or correct the URL or {variable}",
+    "InvalidBucketName": "S3 allows no such name for a bucket; correct the URL",
+    "QuotaExceeded": "the quota at {endpoint} is used up; free space or raise it",
+    "EndpointConnectionError": _UNREACHABLE,
+    "ConnectTimeoutError": _UNREACHABLE,
+    "ConnectionClosedError": _UNREACHABLE,
+    "ReadTimeoutError": f"{{endpoint}} did not answer within {_READ_SECONDS} s; check it, and the network",
+    "SSLError": "no secure connection to {endpoint}; check http or https in {variable}, or set AWS_CA_BUNDLE",
+}
 
 
 @contextlib.contextmanager
@@ -200,46 +383,44 @@ def explain(url: str) -> Iterator[None]:
     """Turns what storage libraries raise into a StoreError; a missing file and a full disk pass through."""
     try:
         yield
-    except (StoreError, FileNotFoundError, FileExistsError):
-        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _passes(error):
             raise
         raise StoreError(_sentence(url, error)) from error
     except Exception as error:
-        if not _is_storage(error):
+        if type(error).__module__.split(".")[0] not in _LIBRARIES:
             raise
         raise StoreError(_sentence(url, error)) from error
 
 
-def _is_storage(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs")
+def _passes(error: OSError) -> bool:
+    if isinstance(error, FileNotFoundError):
+        return _code(error) != "NoSuchBucket"
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) and not _code(error)
 
 
 def _sentence(url: str, error: BaseException) -> str:
-    text = f"{type(error).__name__} {error} {error.__cause__ or ''}"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    known = {
-        ("NoCredentials", "Unable to locate credentials"): (
-            "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
-        ),
-        ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"): (
-            f"{endpoint} does not accept the credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ),
-        ("ExpiredToken",): "the credentials have expired; renew them",
-        ("AccessDenied", "Forbidden", "403", "PermissionError", "Permission denied"): (
-            "access is denied; these credentials, or this user, may not read or write there"
-        ),
-        ("NoSuchBucket", "bucket does not exist"): "the bucket does not exist; create it or correct the URL",
-        ("EndpointConnection", "Could not connect", "ConnectTimeout", "Connection refused", "ConnectionClosed"): (
-            f"{endpoint} can't be reached; check AWS_ENDPOINT_URL and the network"
-        ),
-    }
-    for words, sentence in known.items():
-        if any(word in text for word in words):
-            return f"{url}: {sentence}"
-    return f"{url}: {type(error).__name__}: {error}"
+    variable, endpoint = _endpoint()
+    key = next((name for name in (_code(error), *_classes(error)) if name in _SENTENCES), None)
+    if key is None:
+        return f"{url}: {type(error).__name__}: {error}"
+    return f"{url}: {_SENTENCES[key].format(variable=variable, endpoint=endpoint or 'AWS')}"
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+def _code(error: BaseException) -> str:
+    """What S3 called it; empty when S3 did not say anything."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _classes(error: BaseException) -> Iterator[str]:
+    return (base.__name__ for link in _chain(error) for base in type(link).__mro__)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

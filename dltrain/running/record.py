@@ -105,6 +105,7 @@ class Record:
                 "learning_rate": first.learning_rate,
                 "seconds": round(first.seconds, 6),
                 "data_wait_seconds": round(data_wait, 6),
+                "phases": {phase: round(seconds, 6) for phase, seconds in first.phases.items()},
                 "applied": first.applied,
                 "finite": first.finite,
             }

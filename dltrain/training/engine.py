@@ -180,7 +180,8 @@ class Engine:
 
     def train(self) -> None:
         """Dropout and BatchNorm as in training."""
-        self.engine.train()
+        if not self.module.training:
+            self.engine.train()
 
     def eval(self) -> None:
         """Dropout and BatchNorm as in evaluation."""

@@ -164,7 +164,7 @@ class Loop:
 
     def _micro_step(self, index: int, micro: Batch, last: bool, clock: _Phases) -> None:
         # Keyed, not continued: dropout of a step is the same whether or not the run was resumed before it.
-        torch.manual_seed(key(self._spec.train.seed, self.step, self._job.rank, index) >> 1)
+        _seed(self._device, key(self._spec.train.seed, self.step, self._job.rank, index) >> 1)
         moved = micro.to(self._device)
         clock.lap("h2d")
         loss = self._task.loss(self._engine, moved)
@@ -295,6 +295,13 @@ def reduce_sums(items: list[tuple[int, dict[str, Sum]]]) -> dict[str, float]:
     names = ordered[0] if ordered else {}
     totals = {n: (math.fsum(s[n].total for s in ordered), math.fsum(s[n].count for s in ordered)) for n in names}
     return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    # torch.manual_seed visits every kind of device: 1.7 ms.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _pid() -> int:
