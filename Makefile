@@ -1,31 +1,50 @@
 # The commands of the project; each installs what it needs into .venv first.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+# pip's hundreds of lines as one that counts.
+COUNT := awk '/^Collecting|^Installing/ {n++; printf "\r  %d packages", n} /ERROR/ {print} END {print ""}'
 
-.PHONY: install check test clean
+.PHONY: help install demo check test test-all bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/:/' | column -t -s:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "[1/3] a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@echo "[2/3] packages: torch, deepspeed, ray and what they need (a few minutes the first time)"
+	@$(PIP) torch | $(COUNT)
+	@$(PIP) -e '.[dev]' | $(COUNT)
+	@echo "[3/3] DeepSpeed's CPU op"
+	@$(BIN)/python -m dltrain.training.cpu_op
 	@touch $@
 
 install: $(VENV)/.installed  ## everything into .venv
 
-check: install  ## format, lint, types
+demo: install  ## handwriting: make the data, train on 2 workers, show the result
+	@$(BIN)/python -m jobs.image_cnn make-data .data/digits
+	@$(BIN)/dltrain run jobs/image_cnn.yaml
+
+check: install  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
 
-test: install  ## the tests
-	$(BIN)/python -m pytest tests/unit -n 2
+test: install  ## the tests that need nothing but this machine
+	$(BIN)/python -m pytest -q tests/unit -n 2
+	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not servers'
+
+test-all: install  ## and those that need servers (S3): .ci/run installs them
+	$(BIN)/python -m pytest -q tests/e2e -m servers
+
+bench: install  ## what dltrain costs against a bare DeepSpeed loop
+	$(BIN)/python tests/bench/overhead.py
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info

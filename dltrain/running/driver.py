@@ -22,7 +22,8 @@ from dltrain.observing.hub import Hub
 from dltrain.observing.reports import EvalReport, Saved, SaveFailed, StepReport
 from dltrain.observing.view import View
 from dltrain.running.agent import LogLine
-from dltrain.running.cluster import Slot, Slots, connect
+from dltrain.running.cluster import Slots, connect
+from dltrain.running.group import Group
 from dltrain.running.lifecycle import (
     Action,
     AgentLost,
@@ -49,7 +50,7 @@ from dltrain.training.task import check_task
 
 __all__ = ["Driver", "make_plan"]
 
-_POLL_SECONDS = 0.25
+_TURN_SECONDS = 0.25
 # After the first slots are there, how long others may take before the run starts without them.
 _PLACE_GRACE_SECONDS = 5.0
 _STOP_CHECK_SECONDS = 1.0
@@ -99,11 +100,8 @@ class Driver:
         self._life = Lifecycle(workers.min, workers.max, spec.faults.restarts_per_hour)
         self._ended: End | None = None
         self._signal: int | None = None
-        self._polls: dict[Any, int] = {}
-        self._ranks: list[Slot] = []
-        self._pids: list[int] = []
+        self._group: Group | None = None
         self._saved: dict[int, dict[int, Saved]] = {}
-        self._attempt = 0
         self._place_since: float | None = None
         self._stop_checked = 0.0
 
@@ -149,7 +147,7 @@ class Driver:
         if self._life.state in ("placing", "waiting", "recovering"):
             self._place()
         else:
-            self._pump(_POLL_SECONDS)
+            self._pump()
         self._check_stop()
         self._handle(Tick())
         self._record.beat(self._clock(), self._state())
@@ -170,8 +168,8 @@ class Driver:
                 case KillWorkers():
                     self._kill()
                 case TellStop():
-                    for slot in self._ranks:
-                        slot.agent.tell.remote("stop")
+                    if self._group:
+                        self._group.tell("stop")
                 case Commit():
                     self._commit(action.step)
                 case Discard():
@@ -186,6 +184,10 @@ class Driver:
     @property
     def _step(self) -> int:
         return self._resume.step if self._resume else 0
+
+    @property
+    def _attempt_number(self) -> int:
+        return self._group.attempt if self._group else 0
 
     @property
     def _position(self) -> int:
@@ -247,7 +249,7 @@ class Driver:
 
     def _place(self) -> None:
         known = len(self._slots.slots)
-        slots = len(self._slots.ready(_POLL_SECONDS))
+        slots = len(self._slots.ready(_TURN_SECONDS))
         waited = self._clock() - (self._place_since or 0.0)
         full = slots >= self._life.max_workers
         final = waited > (0.0 if full else _PLACE_GRACE_SECONDS)
@@ -267,90 +269,55 @@ class Driver:
             self._do(self._life.handle(event, self._clock()))
 
     def _start(self, num_ranks: int) -> None:
-        """A fresh group: an attempt number nobody else has, a port nobody else uses, every rank its job."""
+        """A fresh group, under an attempt number nobody else has."""
         import ray
 
         self._record.ledger.enter("starting", self._clock())
-        self._attempt = self._run.claim_attempt()
         self._saved.clear()
-        self._ranks = sorted(self._slots.slots, key=lambda s: (s.info.node_id, s.info.gpus))[:num_ranks]
-        self._record.start_attempt(self._attempt, num_ranks)
+        self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
+        self._record.start_attempt(self._group.attempt, num_ranks)
         try:
-            port = ray.get(self._ranks[0].agent.free_port.remote())
-            starts = [s.agent.start.remote(job) for s, job in zip(self._ranks, self._jobs(port), strict=True)]
-            self._pids = ray.get(starts)
+            self._group.start(self._job)
         except ray.exceptions.RayError as error:
+            # Which agent it was shows when the slots are polled next.
             self._handle(AgentLost(0, str(error).splitlines()[0]))
-            return
-        self._polls = {slot.agent.poll.remote(_POLL_SECONDS): rank for rank, slot in enumerate(self._ranks)}
 
-    def _jobs(self, port: int) -> list[RankJob]:
-        best = self._record.best
-        return [
-            RankJob(
-                spec=self._spec,
-                attempt=self._attempt,
-                rank=rank,
-                num_ranks=len(self._ranks),
-                step=self._step,
-                position=self._position,
-                schedule=self._schedule,
-                num_lanes=self._plan.num_lanes,
-                window_units=self._plan.window_units,
-                plan_id=self._plan.plan_id,
-                train_catalog=self._plan.train.to_bytes(),
-                eval_catalog=self._plan.eval.to_bytes() if self._plan.eval else None,
-                checkpoints=self._run.checkpoints.url,
-                resume={**self._resume.manifest, "path": self._resume.path} if self._resume else None,
-                best=float(best["value"]) if best else None,
-                cwd=self._cwd,
-                device=self._slots.device,
-                environment=self._environment(rank, port),
-            )
-            for rank in range(len(self._ranks))
-        ]
-
-    def _environment(self, rank: int, port: int) -> Mapping[str, str]:
-        """Where this rank is among all, and among those of its node."""
-        me = self._ranks[rank].info
-        peers = [s.info for s in self._ranks if s.info.node_id == me.node_id]
-        environment = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(self._ranks)),
-            "LOCAL_RANK": str(peers.index(me)),
-            "LOCAL_WORLD_SIZE": str(len(peers)),
-            "MASTER_ADDR": self._ranks[0].info.address,
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": me.interface,
-            "NCCL_SOCKET_IFNAME": me.interface,
-        }
-        if me.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(g for p in peers for g in p.gpus)
-        return environment
+    def _job(self, rank: int, environment: Mapping[str, str]) -> RankJob:
+        assert self._group is not None
+        best, plan = self._record.best, self._plan
+        return RankJob(
+            spec=self._spec,
+            attempt=self._group.attempt,
+            rank=rank,
+            num_ranks=len(self._group.slots),
+            step=self._step,
+            position=self._position,
+            schedule=self._schedule,
+            num_lanes=plan.num_lanes,
+            window_units=plan.window_units,
+            plan_id=plan.plan_id,
+            train_catalog=plan.train.to_bytes(),
+            eval_catalog=plan.eval.to_bytes() if plan.eval else None,
+            checkpoints=self._run.checkpoints.url,
+            resume={**self._resume.manifest, "path": self._resume.path} if self._resume else None,
+            best=float(best["value"]) if best else None,
+            cwd=self._cwd,
+            device=self._slots.device,
+            environment=environment,
+        )
 
     # ---- running ----
 
-    def _pump(self, seconds: float) -> None:
-        """Takes in what the agents have, waiting for one of them up to `seconds`."""
-        import ray
-
-        if not self._polls:
-            time.sleep(seconds)
+    def _pump(self) -> None:
+        """Takes in what the agents have."""
+        group = self._group
+        if group is None:
+            time.sleep(_TURN_SECONDS)
             return
-        done, _ = ray.wait(list(self._polls), num_returns=1, timeout=2 * seconds)
-        for ref in done:
-            rank = self._polls.pop(ref)
-            try:
-                attempt, events = ray.get(ref)
-            except ray.exceptions.RayError as error:
-                self._slots.lose(self._ranks[rank])
-                self._handle(AgentLost(rank, str(error).splitlines()[0]))
-                return
-            if self._life.state not in ("placing", "waiting", "recovering"):
-                self._polls[self._ranks[rank].agent.poll.remote(_POLL_SECONDS)] = rank
-            if attempt == self._attempt:
-                for event in events:
-                    self._take(event)
+        for event in group.poll():
+            if isinstance(event, AgentLost):
+                self._slots.lose(group.slots[event.rank])
+            self._take(event)
 
     def _take(self, event: Event | LogLine) -> None:
         now = self._clock()
@@ -390,7 +357,7 @@ class Driver:
         }
         store = self._run.checkpoints
         try:
-            path = commit(store, step, self._attempt, [files[r].file for r in sorted(files)], meta)
+            path = commit(store, step, self._attempt_number, [files[r].file for r in sorted(files)], meta)
         except (OSError, StoreError) as error:
             self._drop(step, str(error))
             return
@@ -406,21 +373,18 @@ class Driver:
     def _drop(self, step: int, reason: str) -> None:
         self._record.save_failed(step, reason)
         with contextlib.suppress(OSError, StoreError):
-            discard(self._run.checkpoints, step, self._attempt)
+            discard(self._run.checkpoints, step, self._attempt_number)
         self._handle(Committed(step, reason))
 
     def _kill(self) -> None:
-        import ray
-
         now = self._clock()
         self._record.ledger.part("detecting", float("inf"), now)
         self._record.ledger.enter("recovering", now)
         if self._life.state == "recovering":
             self._record.restarted(self._life.restart_reasons[-1])
-        killing = [slot.agent.kill.remote() for slot in self._ranks if slot in self._slots.slots]
-        if killing:
-            ray.wait(killing, num_returns=len(killing), timeout=30)
-        self._polls = {}
+        if self._group:
+            self._group.kill(self._slots.slots)
+            self._group = None
         if self._life.state == "recovering":
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
             self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
@@ -439,9 +403,10 @@ class Driver:
     # ---- after ----
 
     def _state(self) -> dict[str, Any]:
+        group = self._group
         workers = [
             {"rank": r, "pid": pid, "node": slot.info.address, "state": self._life.state}
-            for r, (slot, pid) in enumerate(zip(self._ranks, self._pids, strict=False))
+            for r, (slot, pid) in enumerate(zip(group.slots, group.pids, strict=False) if group else ())
         ]
         return {
             "run": self._spec.name,

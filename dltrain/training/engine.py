@@ -10,7 +10,8 @@ result = engine.step()
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ class Engine:
         self.engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=_optimizer(module, optim), config=config, dist_init_required=False
         )
+        _forget_first_step(self.engine.optimizer)
         self.module = module
         self.step_count = 0
         self._begun: Any = None
@@ -121,12 +123,26 @@ class Engine:
             loss: mean over the micro-batch's `count` units.
             last: it is the step's last one; every rank says so at the same call.
         """
-        total = self.global_count
-        weighted = loss.float() * count
-        self._loss += weighted.detach()
+        scale = self._num_ranks / max(self.global_count, 1.0)
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks; the sum is wanted.
-        self.engine.backward(weighted * (self._num_ranks / max(total, 1.0)), scale_wrt_gas=False)
+        if count:
+            weighted = loss.float() * count
+            self._loss += weighted.detach()
+            self.engine.backward(weighted * scale, scale_wrt_gas=False)
+        else:
+            with self._no_gradient():
+                self.engine.backward(loss.float(), scale_wrt_gas=False)
+
+    @contextmanager
+    def _no_gradient(self) -> Iterator[None]:
+        """Gradients made in here are zero: 0 * loss would let a stand-in's nan through."""
+        hooks = [p.register_hook(torch.zeros_like) for p in self.module.parameters() if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # ---- the update ----
 
@@ -137,9 +153,11 @@ class Engine:
         self.step_count += 1
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        if not math.isfinite(loss):
-            self._poison()
+        poisoned = [] if math.isfinite(loss) else self._poison()
         norm = self._plain_step() if self._plain else self._wrapped_step()
+        # ZeRO-3 keeps its buffers, and never writes the padding again.
+        for tensor in poisoned:
+            tensor.zero_()
         finite = math.isfinite(norm) and math.isfinite(loss)
         return StepResult(self._applied, finite, norm, rate, loss)
 
@@ -167,14 +185,14 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return float(norm) if self._applied and norm is not None else math.nan
 
-    def _poison(self) -> None:
+    def _poison(self) -> list[torch.Tensor]:
         """The loss was not finite though the gradients may be: make them so, and the step is left out."""
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         for tensors in getattr(self.engine.optimizer, "averaged_gradients", {}).values():
-            for tensor in tensors or ():
-                tensor.fill_(math.nan)
+            gradients.extend(tensors or ())
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        return gradients
 
     # ---- modes ----
 
@@ -199,6 +217,17 @@ def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+def _forget_first_step(optimizer: Any) -> None:
+    """ZeRO 0 in bf16: DeepSpeed made a step of zero gradients, so decay was applied and AdamW's count is one ahead."""
+    if not hasattr(optimizer, "fp32_groups"):
+        return
+    optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
 
 
 def _ndim(parameter: nn.Parameter) -> int:

@@ -1,0 +1,143 @@
+"""The spec: defaults, overrides, and every fault at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dltrain.errors import SpecError
+from dltrain.spec import JobSpec, load_spec, parse_spec
+
+GOOD: dict[str, Any] = {
+    "name": "digits",
+    "task": "jobs.image_cnn:ImageCnn",
+    "data": {"train": "s3://bucket/train"},
+    "batch": {"global": 256},
+    "train": {"epochs": 3},
+    "optim": {"lr": 1e-3},
+}
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    return {**GOOD, **changes}
+
+
+def faults(raw: dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(raw)
+    return caught.value.faults
+
+
+def test_the_smallest_spec_has_sensible_defaults() -> None:
+    spec = parse_spec(GOOD)
+    assert (spec.workers.min, spec.workers.max, spec.engine.zero, spec.metrics.port) == (1, 1, 1, 9464)
+
+
+def test_a_fixed_number_of_workers_is_min_and_max() -> None:
+    spec = parse_spec(good(workers=3))
+    assert (spec.workers.min, spec.workers.max) == (3, 3)
+
+
+def test_a_spec_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_spec(GOOD).name = "other"  # type: ignore[misc]
+
+
+def test_yaml_round_trip() -> None:
+    spec = parse_spec(good(workers=2, engine={"zero": 3, "precision": "bf16"}))
+    assert JobSpec.model_validate(yaml.safe_load(spec.to_yaml())) == spec
+
+
+def test_five_faults_are_five_lines() -> None:
+    raw = good(
+        name="a b",
+        optim={"name": "adam", "lr": -1},
+        engine={"zero": 5},
+        data={"train": "x", "colums": ["a"]},
+    )
+    with pytest.raises(SpecError) as caught:
+        parse_spec(raw, "job.yaml")
+    first, *lines = str(caught.value).splitlines()
+    assert first == "job.yaml: 5 faults"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "name",
+        "data.colums",
+        "optim.name",
+        "optim.lr",
+        "engine.zero",
+    ]
+    assert "'a b'" in lines[0]
+    assert "did you mean 'columns'?" in lines[1]
+    assert "found 'adam'; allowed: 'adamw' or 'sgd'" in lines[2]
+    assert "found -1" in lines[3]
+    assert "found 5; allowed: 0, 1, 2 or 3" in lines[4]
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"epochs": 1, "steps": 2}}, "train: found both epochs and steps"),
+        ({"train": {}}, "train: found neither epochs and steps"),
+        ({"workers": {"min": 3, "max": 2}}, "min 3 is more than max 2"),
+        ({"workers": 300}, "batch.global: 256 rows can't feed workers.min 300"),
+        ({"workers": {"min": 1, "max": 1, "gpus": 2}}, "must be 0, 1 or auto"),
+        ({"engine": {"tensor_parallel": 2}}, "out of scope for now"),
+        ({"engine": {"deepspeed": {"train_batch_size": 3}}}, "train_batch_size (set batch.global)"),
+        ({"task": "nothing"}, "package.module:Class"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr"),
+        ({"optim": {"lr": 1e-3, "betas": [0.9, 1.5]}}, "must be >= 0 and < 1"),
+        ({"batch": {"global": "many"}}, "batch.global: found 'many'"),
+        ({"batch": 3}, "batch: found 3"),
+    ],
+)
+def test_each_fault_says_what_was_found(change: dict[str, Any], said: str) -> None:
+    assert any(said in fault for fault in faults(good(**change))), faults(good(**change))
+
+
+def test_missing_fields_are_named() -> None:
+    assert [fault.split(":")[0] for fault in faults({"name": "x"})] == ["task", "data", "batch", "train", "optim"]
+
+
+def write(tmp_path: Path, raw: Any) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD), ["optim.lr=3e-4", "workers=2", "args.width=7", "engine.zero=2"])
+    assert (spec.optim.lr, spec.workers.max, spec.args, spec.engine.zero) == (3e-4, 2, {"width": 7}, 2)
+
+
+def test_an_override_inside_a_short_form(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, good(workers=2)), ["workers.max=4"])
+    assert (spec.workers.min, spec.workers.max) == (2, 4)
+
+
+def test_bad_overrides_are_reported_with_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(tmp_path, good(engine={"zero": 9})), ["optim", "name.x=3"])
+    assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "is not YAML"), ("- 1", "found list"), ("", "found NoneType")])
+def test_a_file_that_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=said):
+        load_spec(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="can't be read"):
+        load_spec(tmp_path / "none.yaml")
+
+
+def test_the_shipped_specs_are_good() -> None:
+    jobs = Path(__file__).resolve().parents[2] / "jobs"
+    for path in jobs.glob("*.yaml"):
+        assert load_spec(path).name
