@@ -214,14 +214,23 @@ def average_buffers(module: nn.Module) -> None:
     """Averages floating buffers (BatchNorm statistics) over ranks in place; of integers the largest is taken."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    # One collective per type, however many BatchNorms there are.
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for buffer in buffers(module).values():
+        real = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+        wide = torch.float64 if real.is_floating_point() else real.dtype
+        by_type.setdefault(wide, []).append(real)
     with torch.no_grad():
-        for buffer in buffers(module).values():
-            if buffer.is_floating_point():
-                mean = buffer.to(torch.float64)
-                dist.all_reduce(mean)
-                buffer.copy_(mean / dist.get_world_size())
+        for dtype, tensors in by_type.items():
+            flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+            if dtype == torch.float64:
+                dist.all_reduce(flat)
+                flat /= dist.get_world_size()
             else:
-                dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+                dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
 
 def frozen(module: nn.Module) -> dict[str, torch.Tensor]:

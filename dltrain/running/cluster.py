@@ -66,7 +66,10 @@ def connect(address: str | None) -> Iterator[Cluster]:
             **options,
         )
     except ConnectionError as error:
-        raise UserError(f"--address: no Ray cluster answers at {target}: {error}") from None
+        raise UserError(
+            f"--address: no Ray cluster answers at {target}: {error}. Is it up, and reachable from here? "
+            "If it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from None
     try:
         has = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(private, has.get("CPU", 0.0), has.get("GPU", 0.0))

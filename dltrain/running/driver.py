@@ -124,7 +124,6 @@ class Driver:
         self._run.save_plan(self._plan)
         self._run.take_stop()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._signals())
             hub = self._make_hub()
             stack.callback(hub.close)
             self._record = Record(self._spec, self._run, hub, self._view, self._launched)
@@ -135,6 +134,8 @@ class Driver:
                 return self._already_done()
             self._record.ledger.enter("placing", self._clock())
             self._cluster = stack.enter_context(connect(self._address))
+            # After Ray, which puts handlers of its own in place.
+            stack.enter_context(self._signals())
             self._slots = Slots(self._cluster, self._spec.workers)
             stack.callback(self._slots.close)
             self._do(self._life.begin())

@@ -7,6 +7,7 @@ It imports what is slow, waits for its job on the pipe, and sends reports back. 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -105,7 +106,9 @@ def _join_group(job: RankJob) -> Any:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     backend = "nccl" if job.device == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # It prints about its op; stdout is the user's.
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     # Objects alive now stay: collecting them again and again only makes stragglers.
     gc.collect()
     gc.freeze()

@@ -78,6 +78,7 @@ class Engine:
         self.module = module
         self.step_count = 0
         self._begun: Any = None
+        self._loss_begun: Any = None
         self._totals = torch.zeros(2, dtype=torch.float64, device=device)
         self._loss = torch.zeros(1, dtype=torch.float64, device=device)
 
@@ -92,29 +93,36 @@ class Engine:
     def begin_step(self, local_count: float, flag: int = 0) -> None:
         """Starts adding up counts and flags over ranks; the answer is waited for after the forward."""
         self._totals = torch.tensor([local_count, flag], dtype=torch.float64).to(self._device)
-        self._begun = dist.all_reduce(self._totals, async_op=True) if self._num_ranks > 1 else None
+        self._begun = self._start_sum(self._totals)
         self._loss.zero_()
         self._global_count: float | None = None
 
     @property
     def global_count(self) -> float:
         """Units of the global batch."""
-        self._wait()
+        self._take_totals()
         assert self._global_count is not None
         return self._global_count
 
     @property
     def flag(self) -> int:
         """The flags of all ranks, added up."""
-        self._wait()
+        self._take_totals()
         return self._flag
 
-    def _wait(self) -> None:
+    def _take_totals(self) -> None:
         if self._global_count is None:
-            if self._begun is not None:
-                self._begun.wait()
+            _wait(self._begun)
             count, flag = self._totals.tolist()
             self._global_count, self._flag = count, int(flag)
+
+    def _scale(self) -> torch.Tensor:
+        # Stays on the device: reading it here would make the GPU's queue run dry before the backward.
+        _wait(self._begun)
+        return (self._num_ranks / self._totals[0].clamp(min=1.0)).float()
+
+    def _start_sum(self, tensor: torch.Tensor) -> Any:
+        return dist.all_reduce(tensor, async_op=True) if self._num_ranks > 1 else None
 
     def backward(self, loss: torch.Tensor, count: float, *, last: bool) -> None:
         """Adds a micro-batch's gradient.
@@ -123,21 +131,25 @@ class Engine:
             loss: mean over the micro-batch's `count` units.
             last: it is the step's last one; every rank says so at the same call.
         """
-        scale = self._num_ranks / max(self.global_count, 1.0)
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; the sum is wanted.
+        weighted = loss.float() * count
         if count:
-            weighted = loss.float() * count
             self._loss += weighted.detach()
-            self.engine.backward(weighted * scale, scale_wrt_gas=False)
+        if last:
+            # Now rather than in step(): the answer travels while the gradients are made.
+            self._loss_begun = self._start_sum(self._loss)
+        if count:
+            # DeepSpeed averages over ranks; the sum is wanted.
+            self.engine.backward(weighted * self._scale(), scale_wrt_gas=False)
         else:
             with self._no_gradient():
-                self.engine.backward(loss.float(), scale_wrt_gas=False)
+                self.engine.backward(weighted, scale_wrt_gas=False)
 
     @contextmanager
     def _no_gradient(self) -> Iterator[None]:
         """Gradients made in here are zero: 0 * loss would let a stand-in's nan through."""
-        hooks = [p.register_hook(torch.zeros_like) for p in self.module.parameters() if p.requires_grad]
+        trained = (p for p in self.module.parameters() if p.requires_grad)
+        hooks = [p.register_hook(torch.zeros_like) for p in trained]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -162,14 +174,16 @@ class Engine:
         return StepResult(self._applied, finite, norm, rate, loss)
 
     def _global_loss(self) -> float:
-        if self._num_ranks > 1:
-            dist.all_reduce(self._loss)
+        _wait(self._loss_begun)
         return float(self._loss) / max(self.global_count, 1.0)
 
     def _plain_step(self) -> float:
         """ZeRO 0 in fp32. Every rank holds the same reduced gradients, so all come to the same answer."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._optim.clip or math.inf))
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._optim.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._optim.clip, total)
+        norm = float(total)
         self._applied = math.isfinite(norm)
         if self._applied:
             self.engine.step()
@@ -181,7 +195,7 @@ class Engine:
     def _wrapped_step(self) -> float:
         """DeepSpeed's own optimizers leave a step out, on all ranks, when the global norm is not finite."""
         self.engine.step()
-        self._applied = not bool(getattr(self.engine.optimizer, "overflow", False))
+        self._applied = bool(self.engine.was_step_applied())
         norm = self.engine.get_global_grad_norm()
         return float(norm) if self._applied and norm is not None else math.nan
 
@@ -204,6 +218,11 @@ class Engine:
     def eval(self) -> None:
         """Dropout and BatchNorm as in evaluation."""
         self.engine.eval()
+
+
+def _wait(work: Any) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
@@ -237,6 +256,8 @@ def _ndim(parameter: nn.Parameter) -> int:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if hasattr(value, "_fields"):
+        return type(value)(*(_cast(v, dtype) for v in value))
     if isinstance(value, tuple | list):
         return type(value)(_cast(v, dtype) for v in value)
     if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -115,6 +116,8 @@ def _main(call: bytes, environment: dict[str, str], pipe: Connection) -> None:
 
 
 def _call(call: bytes) -> Any:
+    # torch's own names, deprecated by torch and called by DeepSpeed several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
     import torch
 

@@ -1,0 +1,32 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of this session with 4 CPU slots; it ends with the session, however that ends."""
+    # Ray wants a token; the commands that the tests start inherit this one.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    head = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("ray_head.py")), "4"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert head.stdout is not None
+    address = head.stdout.readline().strip()
+    assert address, "Ray did not start"
+    yield address
+    head.communicate(timeout=60)

@@ -1,0 +1,74 @@
+"""Small tasks for tests: a regression without dropout or BatchNorm, and what goes wrong in them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dltrain import Batch, Keys, Sum, Task
+
+WIDTH = 8
+
+
+class Tiny(Task):
+    """Regression of y on x.
+
+    Args:
+        seconds: slept in each loss, so that there is time to interfere.
+        bad_row: the row id that raises in loss; nan_row: the one that makes the loss nan.
+    """
+
+    columns = ("x", "y")
+
+    def __init__(self, seconds: float = 0.0, bad_row: int = -1, nan_row: int = -1, dropout: float = 0.0) -> None:
+        self.seconds, self.bad_row, self.nan_row, self.dropout = seconds, bad_row, nan_row, dropout
+
+    def build(self) -> nn.Module:
+        print("hello from the task")
+        return nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(32, 1))
+
+    def collate(self, rows: pa.RecordBatch, keys: Keys) -> Batch:
+        x = np.array(rows["x"].flatten().to_numpy().reshape(-1, WIDTH), np.float32)
+        y = np.array(rows["y"].to_numpy(), np.float32)
+        return Batch(len(y), x=torch.from_numpy(x), y=torch.from_numpy(y)[:, None], ids=keys.ids)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        time.sleep(self.seconds)
+        if self.bad_row in batch.ids:
+            raise KeyError("the column that nobody has")
+        loss = F.mse_loss(model(batch.x).float(), batch.y)
+        return loss * float("nan") if self.nan_row in batch.ids else loss
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
+        error = model(batch.x).float() - batch.y
+        return {
+            "loss": Sum(float((error**2).sum()), batch.count),
+            "mae": Sum(float(error.abs().sum()), batch.count),
+        }
+
+
+class NeedsMore(Tiny):
+    """Asks for a column that the data lacks."""
+
+    columns = ("x", "y", "z")
+
+
+class Dies(Tiny):
+    """Its process ends without a word."""
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        if self.bad_row in batch.ids:
+            print("going down", flush=True)
+            os._exit(7)
+        return super().loss(model, batch)
+
+
+class NotATask:
+    """Forgot to derive from Task."""
