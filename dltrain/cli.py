@@ -6,6 +6,7 @@ dltrain plan jobs/image_cnn.yaml --json
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import signal
 import sys
@@ -71,7 +72,9 @@ def plan(spec: Spec, overrides: Overrides = None, json: Json = False) -> None:
     from dltrain.running.dry import dry_run, print_plan
     from dltrain.spec import load_spec
 
-    found = dry_run(load_spec(spec, overrides or []))
+    # What the task prints is not the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = dry_run(load_spec(spec, overrides or []))
     if json:
         _print_json(found)
     else:

@@ -76,7 +76,10 @@ class UnitReader:
                 with self._fs.open(file.path, "rb", cache_type="none") as raw:
                     source = pq.ParquetFile(pa.PythonFile(raw), metadata=footer, pre_buffer=True)
                     table = source.read_row_group(group, columns=self._columns, use_threads=False)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                # An OSError without a number is pyarrow's own, about the bytes; the others are the store's.
+                if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+                    raise
                 raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
         self.bytes_read += int(self._catalog.units["bytes"][unit].as_py())
         return table

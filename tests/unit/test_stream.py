@@ -1,0 +1,184 @@
+"""Streams: the right rows, in the right batches, for any number of ranks; and threads that end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dltrain.data.batch import Batch, Keys, Sum
+from dltrain.data.identity import BatchSum, sum_ids
+from dltrain.data.order import Order
+from dltrain.data.prefetch import Prefetcher
+from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
+
+ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
+STARTS = np.concatenate([[0], np.cumsum(ROWS)])
+NUM_ROWS = sum(ROWS)
+ORDER = Order(ROWS, num_lanes=4, window_units=2, seed=3)
+
+
+def read_unit(unit: int) -> pa.Table:
+    """Row id as the only column."""
+    return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
+
+
+def collate(rows: pa.RecordBatch, keys: Keys) -> Batch:
+    assert rows["id"].to_numpy().tolist() == keys.ids.tolist()
+    return Batch(rows.num_rows, id=torch.tensor(rows["id"].to_numpy().copy()))
+
+
+def stream(
+    rank: int, num_ranks: int, micro: int = 5, position: int = 0, size: int = 20, epochs: int = 3
+) -> TrainStream:
+    return TrainStream(
+        ORDER,
+        read_unit,
+        collate,
+        position=position,
+        end=epochs * NUM_ROWS,
+        global_batch=size,
+        rank=rank,
+        num_ranks=num_ranks,
+        micro_batch=micro,
+    )
+
+
+def take(source: TrainStream) -> list[StepBatch]:
+    try:
+        return list(source)
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 20, 30])
+def test_ranks_together_have_every_row_of_every_batch(num_ranks: int) -> None:
+    ranks = [take(stream(rank, num_ranks)) for rank in range(num_ranks)]
+    whole = take(stream(0, 1))
+    assert {len(steps) for steps in ranks} == {len(whole)}
+    for t, expected in enumerate(whole):
+        parts = [steps[t] for steps in ranks]
+        assert np.concatenate([p.ids for p in parts]).tolist() == expected.ids.tolist()
+        assert len({len(p.micros) for p in parts}) == 1
+        trained = [id for p in parts for m in p.micros if m.count for id in m.id.tolist()]
+        assert sorted(trained) == sorted(expected.ids.tolist())
+        assert sum((p.batch_sum for p in parts), BatchSum()) == expected.batch_sum
+        assert all(m.count <= 5 for p in parts for m in p.micros)
+    for epoch in range(3):
+        ids = np.concatenate([s.ids[s.epochs == epoch] for s in whole])
+        assert sorted(ids.tolist()) == list(range(NUM_ROWS))
+
+
+def test_a_rank_without_rows_gets_stand_ins() -> None:
+    steps = take(stream(0, 40))
+    empty = [s for s in steps if not len(s.ids)]
+    assert empty
+    assert all([m.count for m in s.micros] == [0] and len(m.id) == 1 for s in empty for m in [s.micros[0]])
+
+
+def test_resuming_anywhere_gives_the_rest() -> None:
+    whole = take(stream(0, 1))
+    for done in (1, 4, len(whole) - 1):
+        rest = take(stream(0, 1, position=whole[done - 1].position))
+        assert [s.batch_sum.batch_id for s in rest] == [s.batch_sum.batch_id for s in whole[done:]]
+
+
+def test_the_last_batch_is_what_is_left() -> None:
+    assert [s.size for s in take(stream(0, 1))][-2:] == [20, 3 * NUM_ROWS % 20]
+
+
+def test_batch_ids_tell_sets_apart() -> None:
+    ids, epochs = np.arange(10), np.zeros(10, np.int64)
+    base = sum_ids(0, epochs, ids)
+    assert sum_ids(0, epochs, ids[::-1].copy()) == base
+    assert len(base.batch_id) == 32
+    others = [sum_ids(1, epochs, ids), sum_ids(0, epochs + 1, ids), sum_ids(0, epochs, ids + 1)]
+    assert len({base.batch_id, *(o.batch_id for o in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "micro", "expected"), [(16, 2, 8, 1), (16, 2, 7, 2), (17, 2, 8, 2), (1, 4, 8, 1), (100, 3, 10, 4)]
+)
+def test_micro_batches(size: int, ranks: int, micro: int, expected: int) -> None:
+    assert micro_batches(size, ranks, micro) == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_evaluation_covers_every_row_once(num_ranks: int) -> None:
+    seen: list[int] = []
+    lengths = set()
+    for rank in range(num_ranks):
+        source = EvalStream(np.array(ROWS), read_unit, collate, chunk_rows=10, rank=rank, num_ranks=num_ranks)
+        items = list(source)
+        source.close()
+        lengths.add(len(items))
+        seen += [id for chunk, batch in items if chunk >= 0 for id in batch.id.tolist()]
+    assert sorted(seen) == list(range(NUM_ROWS))
+    assert len(lengths) == 1
+
+
+def test_the_users_generators_depend_on_the_row_alone() -> None:
+    keys = Keys(5, np.array([0, 0, 1]), np.array([10, 11, 10]))
+    turned = Keys(5, np.array([1, 0, 0]), np.array([10, 11, 10]))
+    draws = [keys.rng(row).integers(0, 2**62) for row in range(3)]
+    assert draws == [turned.rng(row).integers(0, 2**62) for row in (2, 1, 0)]
+    assert len(set(draws)) == 3
+
+
+def test_a_fault_in_collate_comes_out_of_next_at_once() -> None:
+    def bad(rows: pa.RecordBatch, keys: Keys) -> Batch:
+        raise KeyError("label")
+
+    source = TrainStream(
+        ORDER, read_unit, bad, position=0, end=NUM_ROWS, global_batch=8, rank=0, num_ranks=1, micro_batch=8
+    )
+    for _ in range(2):
+        with pytest.raises(KeyError, match="label"):
+            next(source)
+    source.close()
+
+
+def test_closing_early_ends_the_threads() -> None:
+    before = threading.active_count()
+    source = stream(0, 1)
+    next(source)
+    source.close()
+    source.close()
+    assert threading.active_count() <= before
+
+
+def test_prefetching_is_bounded() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    with Prefetcher(items, depth=2) as source:
+        assert next(source) == 0
+        assert len(made) <= 5
+    assert len(made) < 100
+
+
+def test_a_batch_says_what_it_has() -> None:
+    batch: Any = Batch(2, x=torch.zeros(2), name="b")
+    assert batch.to(torch.device("cpu")).name == "b"
+    assert batch["x"].shape == (2,)
+    with pytest.raises(AttributeError, match="no 'y'; it has x, name"):
+        _ = batch.y
+
+
+def test_sums_add_up_exactly_in_any_order() -> None:
+    from dltrain.training.loop import reduce_sums
+
+    rng = np.random.default_rng(0)
+    items = [(i, {"loss": Sum(float(v), 3)}) for i, v in enumerate(rng.standard_normal(1000) * 1e6)]
+    shuffled = [items[i] for i in rng.permutation(len(items))]
+    assert reduce_sums(items) == reduce_sums(shuffled)
+    assert reduce_sums([]) == {}
