@@ -137,7 +137,7 @@ class Store:
         """Removes a file or a directory with all in it; fine when there is none."""
         if not prefix.strip("/"):
             raise ValueError(f"{self.url}: delete needs the name of a file or directory under it")
-        with self._asking(), contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._asking():
             if self._local:
                 _remove(self.path(prefix))
             else:

@@ -1,6 +1,6 @@
 """What a rank tells the driver, in the order it happens; plain values, picklable, no torch.
 
-Ready -> (StepReport | EvalReport | Saved | SaveFailed)* -> Done | Raised
+Note* -> Ready -> (StepReport | EvalReport | Saved | SaveFailed)* -> Done | Raised
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PHASES", "Done", "EvalReport", "Raised", "Ready", "Report", "SaveFailed", "Saved", "StepReport"]
+__all__ = ["PHASES", "Done", "EvalReport", "Note", "Raised", "Ready", "Report", "SaveFailed", "Saved", "StepReport"]
 
 PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
 
@@ -22,6 +22,14 @@ class Ready:
     pid: int
     num_parameters: int
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know while they wait."""
+
+    rank: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -112,4 +120,4 @@ class Done:
     stopped: bool
 
 
-Report = Ready | StepReport | EvalReport | Saved | SaveFailed | Raised | Done
+Report = Ready | Note | StepReport | EvalReport | Saved | SaveFailed | Raised | Done

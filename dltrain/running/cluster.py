@@ -20,6 +20,8 @@ from dltrain.spec import WorkersSpec
 
 __all__ = ["Cluster", "Slot", "Slots", "connect"]
 
+_HELLO_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -153,6 +155,17 @@ class Slots:
         if slot in self.slots:
             self.slots.remove(slot)
             self._release(slot.group)
+
+    def drop_dead(self) -> None:
+        """Gives up every slot whose agent does not answer any more."""
+        import ray
+
+        asked = {slot.agent.hello.remote(): slot for slot in self.slots}
+        for ref, slot in asked.items():
+            try:
+                ray.get(ref, timeout=_HELLO_SECONDS)
+            except ray.exceptions.RayError:
+                self.lose(slot)
 
     def _release(self, group: Any) -> None:
         from ray.util import remove_placement_group

@@ -19,7 +19,7 @@ from dltrain.checkpoint.commit import Checkpoint, commit, discard, newest_good, 
 from dltrain.data.catalog import read_catalog
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
-from dltrain.observing.reports import EvalReport, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import EvalReport, Note, Saved, SaveFailed, StepReport
 from dltrain.observing.view import View
 from dltrain.running.agent import LogLine
 from dltrain.running.cluster import Slots, connect
@@ -280,7 +280,7 @@ class Driver:
         try:
             self._group.start(self._job)
         except ray.exceptions.RayError as error:
-            # Which agent it was shows when the slots are polled next.
+            self._slots.drop_dead()
             self._handle(AgentLost(0, str(error).splitlines()[0]))
 
     def _job(self, rank: int, environment: Mapping[str, str]) -> RankJob:
@@ -337,6 +337,8 @@ class Driver:
                 self._saved.setdefault(event.step, {})[event.rank] = event
             case SaveFailed():
                 self._record.saved(event, now)
+            case Note():
+                self._view.say(event.text)
         self._handle(event)
 
     def _commit(self, step: int) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dltrain.errors import CapacityError, DltrainError, RunFailedError, TaskError, UserError
-from dltrain.observing.reports import Done, EvalReport, Raised, Ready, Report, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import Done, EvalReport, Note, Raised, Ready, Report, Saved, SaveFailed, StepReport
 
 __all__ = [
     "Action",
@@ -229,7 +229,7 @@ class Lifecycle:
                 return self._stop()
             case Tick():
                 return self._tick(now)
-            case EvalReport():
+            case EvalReport() | Note():
                 pass
         return []
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from dltrain.errors import RunFailedError, UserError
-from dltrain.observing.reports import Raised
+from dltrain.observing.reports import Note, Raised
 from dltrain.training.plan import RankJob
 
 __all__ = ["main"]
@@ -68,7 +68,7 @@ def _run(job: RankJob, connection: Connection) -> int:
     threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
     loop: Loop | None = None
     try:
-        task, device = _load(job), _join_group(job)
+        task, device = _load(job), _join_group(job, connection)
         loop = Loop(job, task, device, stop.is_set)
         for report in loop.run():
             connection.send(report)
@@ -93,11 +93,13 @@ def _load(job: RankJob) -> Any:
     return load_task(job.spec.task, job.spec.args, job.cwd)
 
 
-def _join_group(job: RankJob) -> Any:
+def _join_group(job: RankJob, connection: Connection) -> Any:
     """Joins the attempt's process group; returns the rank's device."""
     os.environ.update(job.environment)
     import deepspeed
     import torch
+
+    from dltrain.training import cpu_op
 
     if job.device == "cuda":
         device = torch.device("cuda", int(job.environment["LOCAL_RANK"]))
@@ -105,6 +107,8 @@ def _join_group(job: RankJob) -> Any:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        if job.rank == 0 and not cpu_op.is_built():
+            connection.send(Note(0, "compiling DeepSpeed's CPU op: about a minute, once on this machine"))
     backend = "nccl" if job.device == "cuda" else "gloo"
     # It prints about its op; stdout is the user's.
     with contextlib.redirect_stdout(sys.stderr):

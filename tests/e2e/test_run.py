@@ -106,6 +106,15 @@ def test_another_number_of_workers_and_stage_follow_the_same_path(run_in: Any, t
     )
 
 
+def test_evaluation_is_the_same_figure_for_any_number_of_workers(run_in: Any, tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "train"), "eval": str(tmp_path / "test")}
+    # A rate too small to change any weight: all of them evaluate the same network.
+    still = {"optim": {"lr": 1e-30}, "train": {"steps": 1}, "batch": {"global": 16, "micro": 7}, "data": data}
+    found = [run_in(name=f"eval-{w}", workers=w, **still).json["eval"] for w in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {"loss", "mae"}
+
+
 def test_stop_and_resume_bit_for_bit(run_in: Any, tmp_path: Path, ray_address: str) -> None:
     """Dropout included: stopped at some step and resumed, a run ends with the same weights."""
     args = {"seconds": 0.1, "dropout": 0.2}
