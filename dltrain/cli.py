@@ -55,7 +55,9 @@ def run(spec: Spec, overrides: Overrides = None, address: Address = None, json: 
     from dltrain.spec import load_spec
 
     driver = Driver(load_spec(spec, overrides or []), make_view(json), address, launched=_LAUNCHED)
-    summary = driver.run()
+    # Ray prints to stdout when a process of its dies; with --json that is not the place.
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        summary = driver.run()
     number = summary.pop("signal", None)
     if json:
         _print_json(summary)

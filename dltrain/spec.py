@@ -148,6 +148,8 @@ class EngineSpec(_Model):
     @classmethod
     def _ours(cls, raw: dict[str, Any]) -> dict[str, Any]:
         taken = [f"{k} (set {_DEEPSPEED_OURS[k]})" for k in raw if k in _DEEPSPEED_OURS]
+        if isinstance(raw.get("zero_optimization"), dict) and "stage" in raw["zero_optimization"]:
+            taken.append("zero_optimization.stage (set engine.zero)")
         if taken:
             raise ValueError(f"found {', '.join(taken)}; these are derived from the spec's own fields")
         return raw

@@ -87,6 +87,7 @@ def test_five_faults_are_five_lines() -> None:
         ({"workers": {"min": 1, "max": 1, "gpus": 2}}, "must be 0, 1 or auto"),
         ({"engine": {"tensor_parallel": 2}}, "out of scope for now"),
         ({"engine": {"deepspeed": {"train_batch_size": 3}}}, "train_batch_size (set batch.global)"),
+        ({"engine": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, "zero_optimization.stage (set engine.zero)"),
         ({"task": "nothing"}, "package.module:Class"),
         ({"optim": {"lr": float("nan")}}, "optim.lr"),
         ({"optim": {"lr": 1e-3, "betas": [0.9, 1.5]}}, "must be >= 0 and < 1"),
