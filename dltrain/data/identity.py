@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from dltrain.data.order import key, mix64
 
-__all__ = ["BatchSum", "sum_ids"]
+__all__ = ["U64", "BatchSum", "hash_ids", "sum_ids"]
 
 I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
 _MASK = (1 << 64) - 1
 
 
@@ -30,17 +31,25 @@ class BatchSum:
         first, second = (self.first + other.first) & _MASK, (self.second + other.second) & _MASK
         return BatchSum(self.count + other.count, first, second)
 
+    @classmethod
+    def of(cls, hashes: U64) -> BatchSum:
+        """Of `hash_ids`, or of any columns of it."""
+        first, second = (int(np.sum(row, dtype=np.uint64)) for row in hashes)
+        return cls(hashes.shape[1], first, second)
+
     @property
     def batch_id(self) -> str:
         """128 bits as 32 hex digits."""
         return f"{self.first:016x}{self.second:016x}"
 
 
+def hash_ids(seed: int, epoch: int, ids: I64) -> U64:
+    """Two independent 64-bit hashes of each (epoch, id): (2, len(ids))."""
+    wide = ids.astype(np.uint64)
+    return np.stack([mix64(wide ^ np.uint64(key(seed, 9 + i, epoch))) for i in (0, 1)])
+
+
 def sum_ids(seed: int, epochs: I64, ids: I64) -> BatchSum:
-    """Hashes every (epoch, id) twice, under keys of their own, and sums mod 2^64."""
-    total = BatchSum()
-    for epoch in np.unique(epochs).tolist():
-        chosen = ids[epochs == epoch].astype(np.uint64)
-        sums = [int(np.sum(mix64(chosen ^ np.uint64(key(seed, 9 + i, epoch))), dtype=np.uint64)) for i in (0, 1)]
-        total += BatchSum(len(chosen), *sums)
-    return total
+    """The sum of rows of any epochs."""
+    parts = (BatchSum.of(hash_ids(seed, epoch, ids[epochs == epoch])) for epoch in np.unique(epochs).tolist())
+    return sum(parts, BatchSum())

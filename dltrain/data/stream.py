@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.identity import BatchSum, sum_ids
+from dltrain.data.identity import U64, BatchSum, hash_ids
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 
@@ -59,11 +59,14 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window's rows in shuffled order."""
+    """A window's rows in shuffled order, and their hashes: what a step needs of it is a slice.
 
-    table: pa.Table
-    perm: I64
+    hashes: (2, rows).
+    """
+
+    rows: pa.RecordBatch
     ids: I64
+    hashes: U64
 
 
 class _Windows:
@@ -104,7 +107,8 @@ class _Windows:
         spans = self._order.window_spans(epoch, lane, window)
         tables = [self._read_unit(s.unit).slice(s.lo, s.hi - s.lo) for s in spans]
         perm, ids = self._order.window_perm(epoch, lane, window), self._order.window_ids(epoch, lane, window)
-        return _Window(pa.concat_tables(tables), perm, ids)
+        rows = one_batch(pa.concat_tables(tables)).take(pa.array(perm))
+        return _Window(rows, ids, hash_ids(self._order.seed, epoch, ids))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -159,32 +163,37 @@ class TrainStream:
             yield self._step(at, min(self._global_batch, self._end - at))
 
     def _step(self, at: int, size: int) -> StepBatch:
-        table, epochs, ids = self._rows(at, size, self._rank, self._num_ranks)
+        rows, epochs, ids, batch_sum = self._rows(at, size, self._rank, self._num_ranks)
         num_micros = micro_batches(size, self._num_ranks, self._micro_batch)
         micros = []
         for i in range(num_micros):
             # Strided, so that every micro-batch has rows of many lanes.
-            mine = np.arange(i, len(ids), num_micros)
-            micros.append(self._micro(table, epochs, ids, mine) if len(mine) else self._stand_in(at, size))
-        return StepBatch(at + size, size, micros, epochs, ids, sum_ids(self._order.seed, epochs, ids))
+            mine = slice(i, None, num_micros)
+            micros.append(
+                self._micro(rows, epochs[mine], ids[mine], mine) if i < len(ids) else self._stand_in(at, size)
+            )
+        return StepBatch(at + size, size, micros, epochs, ids, batch_sum)
 
-    def _micro(self, table: pa.Table, epochs: I64, ids: I64, mine: I64) -> Batch:
-        return self._collate(_one_batch(table.take(mine)), Keys(self._order.seed, epochs[mine], ids[mine]))
+    def _micro(self, rows: pa.RecordBatch, epochs: I64, ids: I64, mine: slice) -> Batch:
+        if mine.step > 1:
+            rows = rows.take(pa.array(np.arange(rows.num_rows)[mine]))
+        return self._collate(rows, Keys(self._order.seed, epochs, ids))
 
     def _stand_in(self, at: int, size: int) -> Batch:
         """The batch's first row, weighing nothing: a rank without a row still enters every collective."""
-        table, epochs, ids = self._rows(at, size, 0, size)
-        batch = self._micro(table, epochs, ids, np.zeros(1, np.int64))
-        return Batch(0, **batch.tensors)
+        rows, epochs, ids, _ = self._rows(at, size, 0, size)
+        return Batch(0, **self._micro(rows, epochs, ids, slice(0, None, 1)).tensors)
 
-    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> tuple[pa.Table, I64, I64]:
-        tables, epochs, ids = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> tuple[pa.RecordBatch, I64, I64, BatchSum]:
+        rows, epochs, ids = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        batch_sum = BatchSum()
         for s in self._order.segments(at, size, rank, num_ranks):
             window = self._windows.get(s.epoch, s.lane, s.window)
-            tables.append(window.table.take(window.perm[s.lo : s.hi]))
+            rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi])
-        return pa.concat_tables(tables) if tables else None, np.concatenate(epochs), np.concatenate(ids)
+            batch_sum += BatchSum.of(window.hashes[:, s.lo : s.hi])
+        return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), batch_sum
 
 
 class EvalStream:
@@ -229,8 +238,9 @@ class EvalStream:
             start = max(lo - begin, 0)
             tables.append(self._read_unit(unit).slice(start, hi - begin - start))
         ids = np.arange(lo, hi)
-        return self._collate(_one_batch(pa.concat_tables(tables)), Keys(0, np.zeros_like(ids), ids))
+        return self._collate(one_batch(pa.concat_tables(tables)), Keys(0, np.zeros_like(ids), ids))
 
 
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table of at least one row as one batch."""
     return table.combine_chunks().to_batches()[0]

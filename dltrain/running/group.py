@@ -17,7 +17,8 @@ from dltrain.training.plan import RankJob
 
 __all__ = ["Group", "rank_environment"]
 
-_POLL_SECONDS = 0.25
+# News other than steps comes at once; steps may wait: asking costs the machines that train.
+_POLL_SECONDS = 1.0
 _KILL_SECONDS = 30.0
 
 

@@ -77,10 +77,12 @@ class Engine:
         _forget_first_step(self.engine.optimizer)
         self.module = module
         self.step_count = 0
-        self._begun: Any = None
-        self._loss_begun: Any = None
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
-        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self._count_begun: Any = None
+        self._sums_begun: Any = None
+        self._next_count: float | None = None
+        self._counts = torch.zeros(1, dtype=torch.float64, device=device)
+        # loss * count, flag, count of the next step: added up over ranks in one go
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     # ---- forward and backward ----
 
@@ -91,35 +93,41 @@ class Engine:
         return self.engine(*args, **kwargs)
 
     def begin_step(self, local_count: float, flag: int = 0) -> None:
-        """Starts adding up counts and flags over ranks; the answer is waited for after the forward."""
-        self._totals = torch.tensor([local_count, flag], dtype=torch.float64).to(self._device)
-        self._begun = self._start_sum(self._totals)
-        self._loss.zero_()
-        self._global_count: float | None = None
+        """Says how many units this rank has. Unless the step before told (`announce`), the sum over ranks is begun."""
+        self._global_count = self._next_count
+        self._next_count, self._announced = None, False
+        if self._global_count is None:
+            self._counts = torch.tensor([local_count], dtype=torch.float64).to(self._device)
+            self._count_begun = self._start_sum(self._counts)
+        self._sums = torch.tensor([0.0, flag, 0.0], dtype=torch.float64).to(self._device)
+
+    def announce(self, local_count: float) -> None:
+        """Says, before the last backward, how many units the next step has here: its sum travels with the loss.
+
+        Either every rank announces or none.
+        """
+        self._sums[2] = local_count
+        self._announced = True
 
     @property
     def global_count(self) -> float:
         """Units of the global batch."""
-        self._take_totals()
-        assert self._global_count is not None
+        if self._global_count is None:
+            _wait(self._count_begun)
+            self._global_count = float(self._counts)
         return self._global_count
 
     @property
     def flag(self) -> int:
-        """The flags of all ranks, added up."""
-        self._take_totals()
+        """The flags of all ranks, added up; known after `step`."""
         return self._flag
 
-    def _take_totals(self) -> None:
-        if self._global_count is None:
-            _wait(self._begun)
-            count, flag = self._totals.tolist()
-            self._global_count, self._flag = count, int(flag)
-
-    def _scale(self) -> torch.Tensor:
+    def _scale(self) -> torch.Tensor | float:
+        if self._global_count is not None:
+            return self._num_ranks / max(self._global_count, 1.0)
         # Stays on the device: reading it here would make the GPU's queue run dry before the backward.
-        _wait(self._begun)
-        return (self._num_ranks / self._totals[0].clamp(min=1.0)).float()
+        _wait(self._count_begun)
+        return (self._num_ranks / self._counts[0].clamp(min=1.0)).float()
 
     def _start_sum(self, tensor: torch.Tensor) -> Any:
         return dist.all_reduce(tensor, async_op=True) if self._num_ranks > 1 else None
@@ -134,10 +142,10 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(last)
         weighted = loss.float() * count
         if count:
-            self._loss += weighted.detach()
+            self._sums[0] += weighted.detach()
         if last:
             # Now rather than in step(): the answer travels while the gradients are made.
-            self._loss_begun = self._start_sum(self._loss)
+            self._sums_begun = self._start_sum(self._sums)
         if count:
             # DeepSpeed averages over ranks; the sum is wanted.
             self.engine.backward(weighted * self._scale(), scale_wrt_gas=False)
@@ -174,8 +182,11 @@ class Engine:
         return StepResult(self._applied, finite, norm, rate, loss)
 
     def _global_loss(self) -> float:
-        _wait(self._loss_begun)
-        return float(self._loss) / max(self.global_count, 1.0)
+        _wait(self._sums_begun)
+        loss, flag, next_count = self._sums.tolist()
+        self._flag = int(flag)
+        self._next_count = next_count if self._announced else None
+        return float(loss) / max(self.global_count, 1.0)
 
     def _plain_step(self) -> float:
         """ZeRO 0 in fp32. Every rank holds the same reduced gradients, so all come to the same answer."""
@@ -228,11 +239,13 @@ def _wait(work: Any) -> None:
 def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
     """The torch optimizer, biases and norms (one dimension) without weight decay."""
     trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if _ndim(p) > 1]
     split = [
-        {"params": [p for p in trainable if _ndim(p) > 1], "weight_decay": optim.weight_decay},
+        {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": [p for p in trainable if _ndim(p) <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in split if group["params"]]
+    # Every group costs collectives of its own: without decay there is no reason for two.
+    groups = [g for g in split if g["params"]] if optim.weight_decay else [{"params": trainable, "weight_decay": 0.0}]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

@@ -54,6 +54,7 @@ class Loop:
         # training state
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
+        self._following: StepBatch | BaseException | None = None
         self._saved_step, self._evaluated_step = (job.step if job.resume else -1), -1
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
@@ -145,11 +146,10 @@ class Loop:
 
     def _train_step(self) -> tuple[StepReport, bool]:
         clock = _Phases(self._mark)
-        batch = self.current = next(self._stream)
+        batch = self.current = self._take_batch()
         clock.lap("data_wait")
-        count = sum(micro.count for micro in batch.micros)
         self._engine.train()
-        self._engine.begin_step(count, int(self._stop()))
+        self._engine.begin_step(_count(batch), int(self._stop()))
         for i, micro in enumerate(batch.micros):
             self._micro_step(i, micro, i == len(batch.micros) - 1, clock)
         result = self._engine.step()
@@ -169,8 +169,29 @@ class Loop:
         clock.lap("h2d")
         loss = self._task.loss(self._engine, moved)
         clock.lap("forward")
+        if last:
+            self._look_ahead()
+            clock.lap("data_wait")
         self._engine.backward(loss, micro.count, last=last)
         clock.lap("backward")
+
+    def _take_batch(self) -> StepBatch:
+        following, self._following = self._following, None
+        if isinstance(following, BaseException):
+            raise following
+        return following or next(self._stream)
+
+    def _look_ahead(self) -> None:
+        """Takes the next batch already now: its count then needs no collective of its own."""
+        if self.current is None or self.current.position >= self._job.schedule.end:
+            return
+        try:
+            self._following = next(self._stream)
+            self._engine.announce(_count(self._following))
+        except Exception as error:
+            # It belongs to the next step, and is raised there.
+            self._following = error
+            self._engine.announce(0)
 
     def _report(self, batch: StepBatch, result: StepResult, clock: _Phases) -> StepReport:
         sums = batch.batch_sum
@@ -271,6 +292,10 @@ class Loop:
         meta = {**snapshot.meta, "optimizer_step": self._applied_steps} if job.rank == 0 else {}
         self._mark = time.perf_counter()
         yield Saved(job.rank, self.step, self.position, file, self._mark - begin, meta)
+
+
+def _count(batch: StepBatch) -> float:
+    return sum(micro.count for micro in batch.micros)
 
 
 class _Phases:
