@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dltrain.data.order import key, mix64
 
-__all__ = ["U64", "BatchSum", "hash_ids", "sum_ids"]
+__all__ = ["U64", "BatchSum", "hash_ids", "running_sums", "sum_ids"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -37,6 +37,12 @@ class BatchSum:
         first, second = (int(np.sum(row, dtype=np.uint64)) for row in hashes)
         return cls(hashes.shape[1], first, second)
 
+    @classmethod
+    def between(cls, running: U64, lo: int, hi: int) -> BatchSum:
+        """Of columns [lo, hi), given `running_sums` of all."""
+        first, second = (int(row[hi]) - int(row[lo]) & _MASK for row in running)
+        return cls(hi - lo, first, second)
+
     @property
     def batch_id(self) -> str:
         """128 bits as 32 hex digits."""
@@ -47,6 +53,12 @@ def hash_ids(seed: int, epoch: int, ids: I64) -> U64:
     """Two independent 64-bit hashes of each (epoch, id): (2, len(ids))."""
     wide = ids.astype(np.uint64)
     return np.stack([mix64(wide ^ np.uint64(key(seed, 9 + i, epoch))) for i in (0, 1)])
+
+
+def running_sums(hashes: U64) -> U64:
+    """Sums mod 2^64 of the first 0, 1, ... columns: (2, len + 1)."""
+    start = np.zeros((2, 1), np.uint64)
+    return np.concatenate([start, np.cumsum(hashes, axis=1, dtype=np.uint64)], axis=1)
 
 
 def sum_ids(seed: int, epochs: I64, ids: I64) -> BatchSum:

@@ -247,13 +247,15 @@ class Order:
         The canonical order of a batch is lane-major; rank r takes its items [r*G//W, (r+1)*G//W), so
         slices differ by at most one and joined over ranks give the batch for any number of ranks.
         """
+        lo, hi = rank * size // num_ranks, (rank + 1) * size // num_ranks
+        if size % self.num_lanes == 0:
+            return self._even_segments(consumed, size // self.num_lanes, lo, hi)
         lanes = np.arange(self.num_lanes, dtype=np.int64)
         # first, after: (V,), lane times that the batch covers
         first = -((lanes - consumed) // self.num_lanes)
         after = -((lanes - consumed - size) // self.num_lanes)
         first, after = np.maximum(first, 0), np.maximum(after, 0)
         items = np.concatenate([np.zeros(1, np.int64), np.cumsum(after - first)])
-        lo, hi = rank * size // num_ranks, (rank + 1) * size // num_ranks
         out: list[Segment] = []
         begin = int(np.searchsorted(items, lo, side="right")) - 1
         for lane in range(begin, self.num_lanes):
@@ -262,6 +264,15 @@ class Order:
             start = int(first[lane]) + max(0, lo - int(items[lane]))
             stop = int(first[lane]) + min(int(after[lane] - first[lane]), hi - int(items[lane]))
             out.extend(self._lane_segments(lane, start, stop))
+        return out
+
+    def _even_segments(self, consumed: int, per_lane: int, lo: int, hi: int) -> list[Segment]:
+        """The same where the batch takes `per_lane` items from every lane: no need to count through the lanes."""
+        out: list[Segment] = []
+        for lane in range(lo // per_lane, -(-hi // per_lane)):
+            first = max(0, -((lane - consumed) // self.num_lanes))
+            start = first + max(0, lo - lane * per_lane)
+            out.extend(self._lane_segments(lane, start, first + min(per_lane, hi - lane * per_lane)))
         return out
 
     def _lane_segments(self, lane: int, start: int, stop: int) -> Iterator[Segment]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.identity import U64, BatchSum, hash_ids
+from dltrain.data.identity import U64, BatchSum, hash_ids, running_sums
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 
@@ -59,14 +59,14 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window's rows in shuffled order, and their hashes: what a step needs of it is a slice.
+    """A window's rows in shuffled order, and running sums of their hashes: what a step needs is a slice.
 
-    hashes: (2, rows).
+    sums: (2, rows + 1).
     """
 
     rows: pa.RecordBatch
     ids: I64
-    hashes: U64
+    sums: U64
 
 
 class _Windows:
@@ -76,9 +76,14 @@ class _Windows:
         self._order, self._read_unit, self._end = order, read_unit, end
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
         self._held: dict[int, dict[tuple[int, int], Future[_Window]]] = {}
+        self._current: dict[int, tuple[int, int]] = {}
 
     def get(self, epoch: int, lane: int, window: int) -> _Window:
         held = self._held.setdefault(lane, {})
+        future = held.get((epoch, window))
+        if future is not None and (epoch, window) == self._current.get(lane):
+            return future.result()
+        self._current[lane] = (epoch, window)
         for old in [k for k in held if k < (epoch, window)]:
             held.pop(old).cancel()
         future = self._start(held, epoch, lane, window)
@@ -108,7 +113,7 @@ class _Windows:
         tables = [self._read_unit(s.unit).slice(s.lo, s.hi - s.lo) for s in spans]
         perm, ids = self._order.window_perm(epoch, lane, window), self._order.window_ids(epoch, lane, window)
         rows = one_batch(pa.concat_tables(tables)).take(pa.array(perm))
-        return _Window(rows, ids, hash_ids(self._order.seed, epoch, ids))
+        return _Window(rows, ids, running_sums(hash_ids(self._order.seed, epoch, ids)))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -192,7 +197,7 @@ class TrainStream:
             rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi])
-            batch_sum += BatchSum.of(window.hashes[:, s.lo : s.hi])
+            batch_sum += BatchSum.between(window.sums, s.lo, s.hi)
         return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), batch_sum
 
 
