@@ -10,7 +10,11 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +24,7 @@ import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
 from dltrain.data.identity import U64, BatchSum, hash_ids, running_sums
-from dltrain.data.order import Order
+from dltrain.data.order import Order, Segment
 from dltrain.data.prefetch import Prefetcher
 
 __all__ = ["EvalStream", "StepBatch", "TrainStream", "micro_batches"]
@@ -30,6 +34,9 @@ Collate = Callable[[pa.RecordBatch, Keys], Batch]
 ReadUnit = Callable[[int], pa.Table]
 _DEPTH = 3
 _THREADS = 4
+# The first steps wait for their windows: there only a large share is taken for what it looks like.
+_FEW_STEPS, _LARGE_SHARE = 3, 0.25
+_JUDGED_STEPS, _SMALL_SHARE = 16, 0.05
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
@@ -92,6 +99,11 @@ class _Windows:
             self._start(held, following[0], lane, following[1])
         return future.result()
 
+    def begin(self, segments: Iterable[Segment]) -> None:
+        """Starts loading what the first step needs."""
+        for s in segments:
+            self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
+
     def _start(
         self, held: dict[tuple[int, int], Future[_Window]], epoch: int, lane: int, window: int
     ) -> Future[_Window]:
@@ -120,7 +132,7 @@ class _Windows:
 
 
 class TrainStream:
-    """The training batches of one rank from `position` to `end`, prefetched.
+    """The training batches of one rank from `position` to `end`, prefetched where that pays.
 
     Args:
         position: samples consumed so far.
@@ -145,22 +157,57 @@ class TrainStream:
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
         self._windows = _Windows(order, read_unit, end)
-        self._prefetcher = Prefetcher(self._steps, _DEPTH)
+        self._windows.begin(order.segments(position, min(global_batch, end - position), rank, num_ranks))
+        self._made = self._steps()
+        self._failure: BaseException | None = None
+        self._prefetcher: Prefetcher[StepBatch] | None = None
+        # of the last steps: when they were asked for, and seconds that making them took
+        self._asked: deque[float] = deque(maxlen=_JUDGED_STEPS + 1)
+        self._took: deque[float] = deque(maxlen=_JUDGED_STEPS)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
-        return next(self._prefetcher)
+        if self._prefetcher is None and self._needs_a_thread():
+            self._prefetcher = Prefetcher(lambda: self._made, _DEPTH)
+        return next(self._prefetcher) if self._prefetcher else self._make_here()
+
+    def _needs_a_thread(self) -> bool:
+        """Whether making a batch takes a share of the step that is worth hiding.
+
+        A thread that has little to do costs more than its work: it and the training thread pass the
+        interpreter's lock to and fro, at 2 ms a step on a machine with no core to spare. Windows are
+        loaded in the background in any case.
+        """
+        if len(self._took) < _FEW_STEPS:
+            return False
+        steps = [b - a for a, b in itertools.pairwise(self._asked)]
+        share = statistics.median(self._took) / statistics.median(steps)
+        return share > (_SMALL_SHARE if len(self._took) == _JUDGED_STEPS else _LARGE_SHARE)
+
+    def _make_here(self) -> StepBatch:
+        if self._failure:
+            raise self._failure
+        begin = time.perf_counter()
+        self._asked.append(begin)
+        try:
+            batch = next(self._made)
+        except Exception as error:
+            self._failure = error
+            raise
+        self._took.append(time.perf_counter() - begin)
+        return batch
 
     @property
     def ready(self) -> int:
         """Steps prepared and waiting."""
-        return self._prefetcher.ready
+        return self._prefetcher.ready if self._prefetcher else 0
 
     def close(self) -> None:
         """Stops the threads."""
-        self._prefetcher.close()
+        if self._prefetcher:
+            self._prefetcher.close()
         self._windows.close()
 
     def _steps(self) -> Iterator[StepBatch]:

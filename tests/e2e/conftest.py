@@ -6,14 +6,9 @@ Without Ceph's programs the tests that need the server are skipped; DLTRAIN_REQU
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rgw import INSTALL, Gateway, missing_programs, running_gateway
 
 
