@@ -30,6 +30,7 @@ from dltrain.training.plan import RankJob
 __all__ = ["Agent", "LogLine", "SlotInfo"]
 
 _TAIL_LINES = 30
+_DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,11 @@ class _Worker:
     def _read_reports(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._push(self, self.connection.recv())
+                report = self.connection.recv()
+                self._push(self, report)
+                # Reports of steps can lie in the pipe: to be woken by each would take time from the training.
+                if isinstance(report, StepReport) and not self.connection.poll():
+                    time.sleep(_DRAIN_SECONDS)
 
     def _read_lines(self, source: IO[str], error: bool) -> None:
         with contextlib.suppress(ValueError, OSError):

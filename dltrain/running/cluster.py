@@ -57,6 +57,9 @@ def connect(address: str | None) -> Iterator[Cluster]:
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     private = target == "local"
     options: dict[str, Any] = {"include_dashboard": False} if private else {}
+    if private:
+        # Its workers would run at niceness 15, which only root could take back.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     # Inherited by Ray's worker processes: an agent must find dltrain as this process does.
     runtime_env = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
     try:

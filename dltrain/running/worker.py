@@ -33,6 +33,7 @@ _PEER_WORDS = ("gloo", "connection closed by peer", "connection reset by peer", 
 def main(fd: int, parent: int) -> int:
     """Runs one job; the exit code is 0 when it ended by itself, 1 when something was raised."""
     _die_with(parent)
+    _be_as_nice_as_others()
     # Ctrl-C reaches the driver, which asks for a clean stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(fd)
@@ -42,6 +43,12 @@ def main(fd: int, parent: int) -> int:
     except EOFError:
         return 0
     return _run(job, connection)
+
+
+def _be_as_nice_as_others() -> None:
+    """Ray runs its workers, and what they start, at niceness 15: training would yield to everything else."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 def _die_with(parent: int) -> None:
