@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,8 @@ class Slots:
         self._bundle = {"CPU": workers.cpus, **workers.resources, **({"GPU": 1} if self._gpus else {})}
         self._num_threads = max(1, int(workers.cpus))
         self._resources = workers.resources
-        self._pending: list[Any] = []
-        self._greeting: dict[Any, tuple[Any, Any]] = {}
+        # the answer that is waited for -> (group, agent)
+        self._pending: dict[Any, tuple[Any, Any]] = {}
         self.slots: list[Slot] = []
 
     @property
@@ -108,33 +109,17 @@ class Slots:
 
         One group each: a group of many bundles is all or nothing, and says nothing about what is missing.
         """
+        for _ in range(count - len(self.slots) - len(self._pending)):
+            self._ask()
+
+    def _ask(self) -> None:
+        import ray
         from ray.util.placement_group import placement_group
-
-        for _ in range(count - len(self.slots) - len(self._greeting) - len(self._pending)):
-            self._pending.append(placement_group([self._bundle]))
-
-    def ready(self, wait_seconds: float) -> list[Slot]:
-        """The slots whose agent answers, after waiting for news up to `wait_seconds`."""
-        import ray
-
-        waiting = {group.ready(): group for group in self._pending}
-        refs = [*waiting, *self._greeting]
-        if refs:
-            done, _ = ray.wait(refs, num_returns=1, timeout=wait_seconds)
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-            for ref in done:
-                if ref in waiting:
-                    self._pending.remove(waiting[ref])
-                    self._start_agent(waiting[ref])
-                else:
-                    self._admit(ref)
-        return self.slots
-
-    def _start_agent(self, group: Any) -> None:
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        group = placement_group([self._bundle])
         actor: Any = ray.remote(Agent)
+        # It is queued until its group has a place.
         agent = actor.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=1 if self._gpus else 0,
@@ -142,12 +127,25 @@ class Slots:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
             max_concurrency=4,
         ).remote(self.device, self._num_threads)
-        self._greeting[agent.hello.remote()] = (group, agent)
+        self._pending[agent.hello.remote()] = (group, agent)
+
+    def ready(self, wait_seconds: float) -> list[Slot]:
+        """The slots whose agent answers, after waiting for news up to `wait_seconds`."""
+        import ray
+
+        if self._pending:
+            ray.wait(list(self._pending), num_returns=1, timeout=wait_seconds)
+            done, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+            for ref in done:
+                self._admit(ref)
+        else:
+            time.sleep(wait_seconds)
+        return self.slots
 
     def _admit(self, ref: Any) -> None:
         import ray
 
-        group, agent = self._greeting.pop(ref)
+        group, agent = self._pending.pop(ref)
         try:
             self.slots.append(Slot(group, agent, ray.get(ref)))
         except ray.exceptions.RayError:
@@ -182,7 +180,6 @@ class Slots:
         closing = [slot.agent.close.remote() for slot in self.slots]
         with contextlib.suppress(ray.exceptions.RayError):
             ray.wait(closing, num_returns=len(closing), timeout=5) if closing else None
-        for slot in self.slots:
-            ray.kill(slot.agent)
-        for group in [*self._pending, *(g for g, _ in self._greeting.values()), *(s.group for s in self.slots)]:
+        for group, agent in [*self._pending.values(), *((s.group, s.agent) for s in self.slots)]:
+            ray.kill(agent)
             self._release(group)

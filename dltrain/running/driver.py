@@ -16,7 +16,6 @@ from typing import Any
 
 from dltrain import __version__
 from dltrain.checkpoint.commit import Checkpoint, commit, discard, newest_good, prune
-from dltrain.data.catalog import read_catalog
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.reports import EvalReport, Note, Saved, SaveFailed, StepReport
@@ -43,35 +42,17 @@ from dltrain.running.lifecycle import (
     Tick,
 )
 from dltrain.running.record import Record
-from dltrain.running.rundir import Plan, RunDir
+from dltrain.running.rundir import RunDir, make_plan
 from dltrain.spec import JobSpec
 from dltrain.training.plan import BatchPlan, RankJob, Schedule
 from dltrain.training.task import check_task
 
-__all__ = ["Driver", "make_plan"]
+__all__ = ["Driver"]
 
 _TURN_SECONDS = 0.25
 # After the first slots are there, how long others may take before the run starts without them.
 _PLACE_GRACE_SECONDS = 5.0
 _STOP_CHECK_SECONDS = 1.0
-
-
-def make_plan(spec: JobSpec, run: RunDir) -> tuple[Plan, list[str]]:
-    """Reads the catalogs and compares them with the run's stored plan, which wins for lanes and window.
-
-    Returns the plan and the settings that changed since the run was last started.
-
-    Raises:
-        UserError: faults of the data, or a run directory of something else.
-    """
-    changes = run.check_same(spec)
-    columns = spec.data.columns
-    train = read_catalog(spec.data.train, columns, "data.train")
-    evaluation = read_catalog(spec.data.eval, columns, "data.eval") if spec.data.eval else None
-    plan = Plan.of(spec, train, evaluation)
-    run.check_plan(plan)
-    stored = run.load_plan()
-    return stored or plan, changes
 
 
 class Driver:
@@ -115,15 +96,12 @@ class Driver:
             RunFailedError: the run ended badly; its directory keeps the last good checkpoint.
         """
         check_task(self._spec.task, self._cwd)
-        self._plan, changes = make_plan(self._spec, self._run)
-        self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
-        self._life.step = self._step
-        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
-        self._announce(changes)
-        self._run.save_spec(self._spec)
-        self._run.save_plan(self._plan)
-        self._run.take_stop()
         with contextlib.ExitStack() as stack:
+            if self._on_cluster:
+                # The agents come up while the plan is made. A Ray of our own is started after it, so that a
+                # mistake is told before that.
+                self._connect(stack)
+            self._make_plan()
             hub = self._make_hub()
             stack.callback(hub.close)
             self._record = Record(self._spec, self._run, hub, self._view, self._launched)
@@ -133,15 +111,34 @@ class Driver:
             if self._resume and self._position >= self._schedule.end:
                 return self._already_done()
             self._record.ledger.enter("placing", self._clock())
-            self._cluster = stack.enter_context(connect(self._address))
-            # After Ray, which puts handlers of its own in place.
-            stack.enter_context(self._signals())
-            self._slots = Slots(self._cluster, self._spec.workers)
-            stack.callback(self._slots.close)
+            if not self._on_cluster:
+                self._connect(stack)
             self._do(self._life.begin())
             while self._ended is None:
                 self._turn()
             return self._finish(self._ended)
+
+    @property
+    def _on_cluster(self) -> bool:
+        return bool(self._address or os.environ.get("RAY_ADDRESS"))
+
+    def _connect(self, stack: contextlib.ExitStack) -> None:
+        self._cluster = stack.enter_context(connect(self._address))
+        # After Ray, which puts handlers of its own in place.
+        stack.enter_context(self._signals())
+        self._slots = Slots(self._cluster, self._spec.workers)
+        stack.callback(self._slots.close)
+        self._slots.want(self._spec.workers.max)
+
+    def _make_plan(self) -> None:
+        self._plan, changes = make_plan(self._spec, self._run)
+        self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
+        self._life.step = self._step
+        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+        self._announce(changes)
+        self._run.save_spec(self._spec)
+        self._run.save_plan(self._plan)
+        self._run.take_stop()
 
     def _turn(self) -> None:
         """One round of the loop: slots, reports, requests, heartbeat."""
@@ -212,8 +209,7 @@ class Driver:
         metrics, engine = self._spec.metrics, self._spec.engine
         labels = {"run": self._spec.name, "zero_stage": str(engine.zero), "precision": engine.precision}
         # On a cluster a scraper expects the port; on a laptop another run may have it.
-        on_cluster = bool(self._address or os.environ.get("RAY_ADDRESS"))
-        hub = Hub(metrics.host, metrics.port, move=not on_cluster, labels=labels)
+        hub = Hub(metrics.host, metrics.port, move=not self._on_cluster, labels=labels)
         if hub.moved:
             self._view.say(f"metrics port {metrics.port} is busy; using {hub.port}")
         return hub

@@ -12,8 +12,7 @@ from typing import Any
 
 from dltrain.data.catalog import check_columns
 from dltrain.data.order import Order
-from dltrain.running.driver import make_plan
-from dltrain.running.rundir import Plan, RunDir
+from dltrain.running.rundir import Plan, RunDir, make_plan
 from dltrain.spec import JobSpec
 from dltrain.training.config import deepspeed_config
 from dltrain.training.plan import BatchPlan, Schedule

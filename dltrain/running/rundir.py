@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from dltrain.data.catalog import Catalog
+from dltrain.data.catalog import Catalog, read_catalog
 from dltrain.data.order import choose_lanes, key
 from dltrain.errors import RunChangedError, UserError
 from dltrain.observing.journal import is_local, read_json, write_json
 from dltrain.spec import JobSpec
 from dltrain.store import Store, open_store
 
-__all__ = ["Plan", "RunDir", "find_run", "runs_url"]
+__all__ = ["Plan", "RunDir", "find_run", "list_runs", "make_plan", "runs_url"]
 
 # A reader takes a run for dead when its heartbeat is older than this.
 STALE_SECONDS = 30.0
@@ -165,6 +165,24 @@ class RunDir:
             if age > STALE_SECONDS:
                 state = {**state, "state": "lost", "silent_seconds": round(age, 1)}
         return state
+
+
+def make_plan(spec: JobSpec, run: RunDir) -> tuple[Plan, list[str]]:
+    """Reads the catalogs and compares them with the run's stored plan, which wins for lanes and window.
+
+    Returns the plan and the settings that changed since the run was last started.
+
+    Raises:
+        UserError: faults of the data, or a run directory of something else.
+    """
+    changes = run.check_same(spec)
+    columns = spec.data.columns
+    train = read_catalog(spec.data.train, columns, "data.train")
+    evaluation = read_catalog(spec.data.eval, columns, "data.eval") if spec.data.eval else None
+    plan = Plan.of(spec, train, evaluation)
+    run.check_plan(plan)
+    stored = run.load_plan()
+    return stored or plan, changes
 
 
 def runs_url() -> str:

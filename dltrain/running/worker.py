@@ -59,6 +59,9 @@ def _die_with(parent: int) -> None:
 
 def _import_slow_things() -> None:
     """All that the first step would import: 5 s in the background instead of in the way."""
+    from dltrain.training import cpu_op
+
+    cpu_op.use_own_cache()
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401

@@ -8,17 +8,29 @@ Without it the first run on a machine compiles for about a minute.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build", "is_built"]
+__all__ = ["build", "is_built", "use_own_cache"]
 
 _NAME = "deepspeed_shm_comm"
 
 
+def use_own_cache() -> None:
+    """Keeps the op beside the packages it was compiled against, unless TORCH_EXTENSIONS_DIR says where.
+
+    torch's own cache is one for all environments of a user: two of them would compile it again at every turn.
+    """
+    place = os.path.join(sys.prefix, "torch_extensions")
+    if os.path.isdir(place) or os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", place)
+
+
 def is_built() -> bool:
-    """Whether a compiled op lies in torch's cache of extensions."""
+    """Whether a compiled op lies in the cache."""
+    use_own_cache()
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(_NAME, verbose=False), f"{_NAME}.so").exists()
@@ -26,6 +38,7 @@ def is_built() -> bool:
 
 def build() -> None:
     """Compiles the op; does nothing when it is there."""
+    use_own_cache()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -37,6 +37,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dltrain import Batch, Keys, Task  # noqa: E402
+from dltrain.training.cpu_op import use_own_cache  # noqa: E402
 
 
 def build() -> nn.Module:
@@ -74,6 +75,7 @@ def bare_rank(steps: int) -> None:
     """One rank of the bare loop; rank 0 prints its steps per second."""
     import deepspeed
 
+    use_own_cache()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = int(os.environ["RANK"])

@@ -127,7 +127,7 @@ def test_a_task_in_a_file() -> None:
 
 def begun(spec: dict[str, Any]) -> RunDir:
     """A run directory as a first start leaves it."""
-    from dltrain.running.driver import make_plan
+    from dltrain.running.rundir import make_plan
 
     parsed = parse_spec(spec)
     run = RunDir.of(parsed)
