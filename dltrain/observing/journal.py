@@ -73,7 +73,7 @@ class Journal:
 
 def read_journal(store: Store, name: str) -> Iterator[dict[str, Any]]:
     """The lines of a journal; a last one that was cut short by a crash is left out."""
-    names = [f"{name}.jsonl"] if store.exists(f"{name}.jsonl") else [f"{name}/{part}" for part in store.list(name)]
+    names = [f"{name}.jsonl"] if store.exists(f"{name}.jsonl") else store.list(name)
     for part in names:
         for line in store.read(part).decode().splitlines():
             try:
