@@ -115,15 +115,17 @@ class Agent:
             with contextlib.suppress(OSError):
                 self._worker.connection.send(command)
 
-    def kill(self) -> None:
-        """Ends the worker at once, and starts the next one."""
+    def kill(self) -> list[StepReport]:
+        """Ends the worker at once and starts the next one; returns the steps that were not asked for yet."""
         if self._worker:
             self._worker.kill()
             self._worker = None
         with self._wake:
+            left = [event for event in self._events if isinstance(event, StepReport)]
             self._events.clear()
         if self._standby is None or self._standby.process.poll() is not None:
             self._standby = self._spawn()
+        return left
 
     def close(self) -> None:
         """Ends every process under this agent."""
@@ -215,11 +217,13 @@ class _Worker:
         )
 
     def kill(self) -> None:
-        self.killed = True
         with contextlib.suppress(ProcessLookupError):
             # The session: a worker's own children go with it.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # What it said before its end is still in the pipe.
+        self._listeners[0].join(timeout=1)
+        self.killed = True
         self.connection.close()
 
     def _read_reports(self) -> None:

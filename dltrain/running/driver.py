@@ -123,6 +123,8 @@ class Driver:
         return bool(self._address or os.environ.get("RAY_ADDRESS"))
 
     def _connect(self, stack: contextlib.ExitStack) -> None:
+        where = f"connecting to Ray at {self._address or os.environ.get('RAY_ADDRESS')}"
+        self._view.say(where if self._on_cluster else "starting Ray on this machine, for this run alone")
         self._cluster = stack.enter_context(connect(self._address))
         # After Ray, which puts handlers of its own in place.
         stack.enter_context(self._signals())
@@ -273,6 +275,7 @@ class Driver:
         self._saved.clear()
         self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
         self._record.start_attempt(self._group.attempt, num_ranks)
+        self._view.say(f"starting {num_ranks} worker{'s' if num_ranks > 1 else ''} on {self._slots.device}")
         try:
             self._group.start(self._job)
         except ray.exceptions.RayError as error:
@@ -382,7 +385,8 @@ class Driver:
         if self._life.state == "recovering":
             self._record.restarted(self._life.restart_reasons[-1])
         if self._group:
-            self._group.kill(self._slots.slots)
+            for report in self._group.kill(self._slots.slots):
+                self._record.step(report, now, self._schedule.total_steps)
             self._group = None
         if self._life.state == "recovering":
             # What was committed a moment ago may be damaged, if a dying disk was the reason.

@@ -6,10 +6,12 @@ group.start(lambda rank: RankJob(...)); group.poll(0.25); group.tell("stop"); gr
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dltrain.observing.reports import StepReport
 from dltrain.running.agent import LogLine, SlotInfo
 from dltrain.running.cluster import Slot
 from dltrain.running.lifecycle import AgentLost, Event
@@ -18,7 +20,7 @@ from dltrain.training.plan import RankJob
 __all__ = ["Group", "rank_environment"]
 
 # News other than steps comes at once; steps may wait: asking costs the machines that train.
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
 _KILL_SECONDS = 30.0
 
 
@@ -78,14 +80,26 @@ class Group:
         for slot in self.slots:
             slot.agent.tell.remote(command)
 
-    def kill(self, alive: Sequence[Slot]) -> None:
-        """Ends every worker at once, on the slots that are still there."""
+    def kill(self, alive: Sequence[Slot]) -> list[StepReport]:
+        """Ends every worker at once, on the slots that are still there; returns what they had yet to report."""
         import ray
 
         killing = [slot.agent.kill.remote() for slot in self.slots if slot in alive]
-        if killing:
-            ray.wait(killing, num_returns=len(killing), timeout=_KILL_SECONDS)
-        self._polls = {}
+        # A question that is under way may have taken them already.
+        asked, self._polls = list(self._polls), {}
+        left: list[StepReport] = []
+        for ref in _done([*killing, *asked]):
+            with contextlib.suppress(ray.exceptions.RayError):
+                answer = ray.get(ref)
+                events = answer[1] if isinstance(answer, tuple) else answer
+                left += [event for event in events if isinstance(event, StepReport)]
+        return left
+
+
+def _done(refs: list[Any]) -> list[Any]:
+    import ray
+
+    return ray.wait(refs, num_returns=len(refs), timeout=_KILL_SECONDS)[0] if refs else []
 
 
 def rank_environment(infos: Sequence[SlotInfo], rank: int, port: int) -> dict[str, str]:

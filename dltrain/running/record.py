@@ -53,7 +53,7 @@ class Record:
         self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
         self._launched, self._last_beat = launched, 0.0
         self._partial: dict[int, dict[int, StepReport]] = {}
-        self._highest = int(before.get("highest_step", 0))
+        self._highest = self._latest = int(before.get("highest_step", 0))
         self._logs: dict[int, Any] = {}
         # this start
         self.samples, self.step_seconds, self.steps_made = 0, 0.0, 0
@@ -67,12 +67,15 @@ class Record:
     def start_attempt(self, attempt: int, num_ranks: int) -> None:
         """A new group: reports of the old one are not waited for."""
         self._attempt, self._num_ranks = attempt, num_ranks
+        # A step that any rank has made is made again by the new group.
+        self._highest = max(self._highest, self._latest)
         self._partial.clear()
         self._hub.metrics.start_ranks(num_ranks)
 
     def step(self, report: StepReport, now: float, total_steps: int) -> None:
         """One rank's step; the line is written when every rank has reported it."""
         self._hub.on_step(report)
+        self._latest = max(self._latest, report.step)
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._launched
         reports = self._partial.setdefault(report.step, {})
