@@ -33,10 +33,11 @@ def test_killed_and_resumed_is_the_same_run(tmp_path: Path, ray_address: str, vi
     write_data(tmp_path / "train")
     quick = make_spec(tmp_path, name="whole", train={"steps": 30})
     assert dltrain("run", str(write_spec(tmp_path, quick)), "--json", "--address", ray_address).code == 0
-    spec = make_spec(tmp_path, args={"seconds": 0.1}, train={"steps": 30})
+    # Slow enough that the kill falls well between the checkpoints of steps 15 and 30.
+    spec = make_spec(tmp_path, args={"seconds": 0.3}, train={"steps": 30}, checkpoint={"every": 15})
     run = tmp_path / "runs" / "tiny"
     process = start("run", str(write_spec(tmp_path, spec)), "--json", "--address", ray_address)
-    live = wait_for_step(run, 7, process)
+    live = wait_for_step(run, 17, process)
     pids = [worker["pid"] for worker in live["workers"]]
     os.kill(pids[1] if victim == "worker" else parent_of(pids[1]), signal.SIGKILL)
     done = harness.finish(process)
