@@ -10,10 +10,6 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,9 +30,6 @@ Collate = Callable[[pa.RecordBatch, Keys], Batch]
 ReadUnit = Callable[[int], pa.Table]
 _DEPTH = 3
 _THREADS = 4
-# The first steps wait for their windows: there only a large share is taken for what it looks like.
-_FEW_STEPS, _LARGE_SHARE = 3, 0.25
-_JUDGED_STEPS, _SMALL_SHARE = 16, 0.05
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
@@ -132,7 +125,7 @@ class _Windows:
 
 
 class TrainStream:
-    """The training batches of one rank from `position` to `end`, prefetched where that pays.
+    """The training batches of one rank from `position` to `end`, made when asked for unless `prefetch` was called.
 
     Args:
         position: samples consumed so far.
@@ -161,43 +154,25 @@ class TrainStream:
         self._made = self._steps()
         self._failure: BaseException | None = None
         self._prefetcher: Prefetcher[StepBatch] | None = None
-        # of the last steps: when they were asked for, and seconds that making them took
-        self._asked: deque[float] = deque(maxlen=_JUDGED_STEPS + 1)
-        self._took: deque[float] = deque(maxlen=_JUDGED_STEPS)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
-        if self._prefetcher is None and self._needs_a_thread():
-            self._prefetcher = Prefetcher(lambda: self._made, _DEPTH)
-        return next(self._prefetcher) if self._prefetcher else self._make_here()
-
-    def _needs_a_thread(self) -> bool:
-        """Whether making a batch takes a share of the step that is worth hiding.
-
-        A thread that has little to do costs more than its work: it and the training thread pass the
-        interpreter's lock to and fro, at 2 ms a step on a machine with no core to spare. Windows are
-        loaded in the background in any case.
-        """
-        if len(self._took) < _FEW_STEPS:
-            return False
-        steps = [b - a for a, b in itertools.pairwise(self._asked)]
-        share = statistics.median(self._took) / statistics.median(steps)
-        return share > (_SMALL_SHARE if len(self._took) == _JUDGED_STEPS else _LARGE_SHARE)
-
-    def _make_here(self) -> StepBatch:
+        if self._prefetcher:
+            return next(self._prefetcher)
         if self._failure:
             raise self._failure
-        begin = time.perf_counter()
-        self._asked.append(begin)
         try:
-            batch = next(self._made)
+            return next(self._made)
         except Exception as error:
             self._failure = error
             raise
-        self._took.append(time.perf_counter() - begin)
-        return batch
+
+    def prefetch(self) -> None:
+        """From now on batches are made in a thread, a few ahead."""
+        if self._prefetcher is None and not self._failure:
+            self._prefetcher = Prefetcher(lambda: self._made, _DEPTH)
 
     @property
     def ready(self) -> int:

@@ -66,13 +66,16 @@ class Hub:
         metrics.samples.inc(report.size)
         metrics.step_seconds.observe(report.seconds)
         metrics.last_step.set(time.time())
-        metrics.loss.set(report.loss)
         metrics.grad_norm.set(report.grad_norm)
         metrics.learning_rate.set(report.learning_rate)
         if not report.finite:
             metrics.nonfinite.inc()
         if not report.applied:
             metrics.skipped.inc()
+
+    def on_loss(self, loss: float) -> None:
+        """The mean loss of a step over its global batch."""
+        self.metrics.loss.set(loss)
 
     def on_eval(self, report: EvalReport) -> None:
         """The metrics of an evaluation."""

@@ -39,6 +39,7 @@ class StepReport:
     Attributes:
         step: counted from 1; position: samples consumed after it.
         size: rows of the global batch; count: units (rows or tokens) its loss is a mean over.
+        loss: this rank's part of that mean: it is the sum over ranks.
         batch_sum: (rows, hash, hash) of this rank's rows.
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.

@@ -212,13 +212,14 @@ class _Worker:
             text=True,
             errors="replace",
             env=environment,
-            # Ctrl-C is the driver's to handle: it asks for a clean stop.
-            start_new_session=True,
+            # Ctrl-C is the driver's to handle: it asks for a clean stop. A group, not a session: the kernel
+            # shares the processor out by sessions first, and two workers would be set against each other.
+            process_group=0,
         )
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            # The session: a worker's own children go with it.
+            # The group: a worker's own children go with it.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         # What it said before its end is still in the pipe.

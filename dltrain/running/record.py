@@ -95,12 +95,14 @@ class Record:
         self.steps_made += 1
         self.step_seconds += first.seconds
         self._count(first)
+        loss = sum(r.loss for r in reports)
+        self._hub.on_loss(loss)
         self._steps.add(
             {
                 "step": first.step,
                 "time": round(time.time(), 3),
                 "attempt": self._attempt,
-                "loss": first.loss,
+                "loss": loss,
                 "samples": first.size,
                 "position": first.position,
                 "batch_id": sums.batch_id,
@@ -115,7 +117,7 @@ class Record:
         )
         if sums.count != first.size:
             self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
-        progress = Progress(first.step, total_steps, first.loss, self.rate, self._wait_share(), self._num_ranks)
+        progress = Progress(first.step, total_steps, loss, self.rate, self._wait_share(), self._num_ranks)
         self._view.on_step(progress)
 
     def _count(self, report: StepReport) -> None:

@@ -1,7 +1,7 @@
 """One network wrapped by DeepSpeed, with the exact global mean and steps that all ranks agree on.
 
 engine = Engine(module, spec.optim, spec.engine, micro_batch=64, grad_accum_steps=2, total_steps=300, device=cpu)
-engine.begin_step(local_count)
+engine.begin_step(global_count)
 for i, micro in enumerate(micros):
     engine.backward(task.loss(engine, micro), micro.count, last=i == len(micros) - 1)
 result = engine.step()
@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
         applied: the weights were changed.
         finite: loss and gradients were finite, on every rank.
         grad_norm: global, before clipping.
-        loss: mean over the global batch.
+        loss: this rank's part of the mean over the global batch: that is the sum over ranks.
     """
 
     applied: bool
@@ -77,12 +77,8 @@ class Engine:
         _forget_first_step(self.engine.optimizer)
         self.module = module
         self.step_count = 0
-        self._count_begun: Any = None
-        self._sums_begun: Any = None
-        self._next_count: float | None = None
-        self._counts = torch.zeros(1, dtype=torch.float64, device=device)
-        # loss * count, flag, count of the next step: added up over ranks in one go
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._count = 1.0
 
     # ---- forward and backward ----
 
@@ -92,45 +88,10 @@ class Engine:
             args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
         return self.engine(*args, **kwargs)
 
-    def begin_step(self, local_count: float, flag: int = 0) -> None:
-        """Says how many units this rank has. Unless the step before told (`announce`), the sum over ranks is begun."""
-        self._global_count = self._next_count
-        self._next_count, self._announced = None, False
-        if self._global_count is None:
-            self._counts = torch.tensor([local_count], dtype=torch.float64).to(self._device)
-            self._count_begun = self._start_sum(self._counts)
-        self._sums = torch.tensor([0.0, flag, 0.0], dtype=torch.float64).to(self._device)
-
-    def announce(self, local_count: float) -> None:
-        """Says, before the last backward, how many units the next step has here: its sum travels with the loss.
-
-        Either every rank announces or none.
-        """
-        self._sums[2] = local_count
-        self._announced = True
-
-    @property
-    def global_count(self) -> float:
-        """Units of the global batch."""
-        if self._global_count is None:
-            _wait(self._count_begun)
-            self._global_count = float(self._counts)
-        return self._global_count
-
-    @property
-    def flag(self) -> int:
-        """The flags of all ranks, added up; known after `step`."""
-        return self._flag
-
-    def _scale(self) -> torch.Tensor | float:
-        if self._global_count is not None:
-            return self._num_ranks / max(self._global_count, 1.0)
-        # Stays on the device: reading it here would make the GPU's queue run dry before the backward.
-        _wait(self._count_begun)
-        return (self._num_ranks / self._counts[0].clamp(min=1.0)).float()
-
-    def _start_sum(self, tensor: torch.Tensor) -> Any:
-        return dist.all_reduce(tensor, async_op=True) if self._num_ranks > 1 else None
+    def begin_step(self, global_count: float) -> None:
+        """Says how many units the global batch has."""
+        self._loss.zero_()
+        self._count = max(global_count, 1.0)
 
     def backward(self, loss: torch.Tensor, count: float, *, last: bool) -> None:
         """Adds a micro-batch's gradient.
@@ -140,18 +101,16 @@ class Engine:
             last: it is the step's last one; every rank says so at the same call.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        weighted = loss.float() * count
-        if count:
-            self._sums[0] += weighted.detach()
-        if last:
-            # Now rather than in step(): the answer travels while the gradients are made.
-            self._sums_begun = self._start_sum(self._sums)
-        if count:
-            # DeepSpeed averages over ranks; the sum is wanted.
-            self.engine.backward(weighted * self._scale(), scale_wrt_gas=False)
-        else:
+        if not count:
             with self._no_gradient():
-                self.engine.backward(weighted, scale_wrt_gas=False)
+                self.engine.backward(loss.float(), scale_wrt_gas=False)
+            return
+        share = loss.float() * (count / self._count)
+        self._loss += share.detach()
+        # DeepSpeed averages over ranks; the sum is wanted. A loss that is not finite may have gradients that are:
+        # times nan they are not, on any rank once they are reduced, and the step is left out everywhere.
+        scale = torch.where(share.detach().isfinite(), float(self._num_ranks), math.nan)
+        self.engine.backward(share * scale, scale_wrt_gas=False)
 
     @contextmanager
     def _no_gradient(self) -> Iterator[None]:
@@ -168,25 +127,12 @@ class Engine:
 
     def step(self) -> StepResult:
         """Updates the weights, unless loss or gradients are not finite anywhere: then no rank does."""
-        loss = self._global_loss()
         rate = learning_rate(self._optim, self.step_count, self._total_steps)
         self.step_count += 1
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        poisoned = [] if math.isfinite(loss) else self._poison()
         norm = self._plain_step() if self._plain else self._wrapped_step()
-        # ZeRO-3 keeps its buffers, and never writes the padding again.
-        for tensor in poisoned:
-            tensor.zero_()
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        return StepResult(self._applied, finite, norm, rate, loss)
-
-    def _global_loss(self) -> float:
-        _wait(self._sums_begun)
-        loss, flag, next_count = self._sums.tolist()
-        self._flag = int(flag)
-        self._next_count = next_count if self._announced else None
-        return float(loss) / max(self.global_count, 1.0)
+        return StepResult(self._applied, math.isfinite(norm), norm, rate, float(self._loss))
 
     def _plain_step(self) -> float:
         """ZeRO 0 in fp32. Every rank holds the same reduced gradients, so all come to the same answer."""
@@ -210,15 +156,6 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return float(norm) if self._applied and norm is not None else math.nan
 
-    def _poison(self) -> list[torch.Tensor]:
-        """The loss was not finite though the gradients may be: make them so, and the step is left out."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        for tensors in getattr(self.engine.optimizer, "averaged_gradients", {}).values():
-            gradients.extend(tensors or ())
-        for gradient in gradients:
-            gradient.fill_(math.nan)
-        return gradients
-
     # ---- modes ----
 
     def train(self) -> None:
@@ -229,11 +166,6 @@ class Engine:
     def eval(self) -> None:
         """Dropout and BatchNorm as in evaluation."""
         self.engine.eval()
-
-
-def _wait(work: Any) -> None:
-    if work is not None:
-        work.wait()
 
 
 def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from dltrain.data.stream import EvalStream, StepBatch, TrainStream
 from dltrain.errors import DltrainError, RunFailedError, UserError
 from dltrain.observing.reports import Done, EvalReport, Ready, Report, Saved, SaveFailed, StepReport
 from dltrain.store import open_store
+from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
 from dltrain.training.plan import BatchPlan, RankJob
 from dltrain.training.task import Task
@@ -43,7 +44,8 @@ class Loop:
     Args:
         job: what to do.
         device: where the network lives.
-        stop: asked before each step; a request by any rank ends the run after that step, with a checkpoint.
+        stop: asked before each step; a request by any rank ends the run within a quarter of a second or the step that
+            is under way, with a checkpoint.
     """
 
     def __init__(self, job: RankJob, task: Task, device: torch.device, stop: Callable[[], bool]) -> None:
@@ -54,7 +56,6 @@ class Loop:
         # training state
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
-        self._following: StepBatch | BaseException | None = None
         self._saved_step, self._evaluated_step = (job.step if job.resume else -1), -1
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
@@ -67,10 +68,13 @@ class Loop:
         stopped = False
         self._mark = time.perf_counter()
         try:
-            while self.position < self._job.schedule.end and not stopped:
-                report, stopped = self._train_step()
+            while self.position < self._job.schedule.end:
+                report = self._train_step()
+                if report is None:
+                    stopped = True
+                    break
                 yield report
-                yield from self._between_steps(stopped)
+                yield from self._between_steps()
             if not stopped:
                 yield from self._evaluate()
             yield from self._save()
@@ -78,9 +82,9 @@ class Loop:
         finally:
             self._stream.close()
 
-    def _between_steps(self, stopped: bool) -> Iterator[Report]:
+    def _between_steps(self) -> Iterator[Report]:
         schedule = self._job.schedule
-        if self.step % schedule.eval_every == 0 and not stopped:
+        if self.step % schedule.eval_every == 0:
             yield from self._evaluate()
         if self.step % schedule.checkpoint_every == 0:
             yield from self._save()
@@ -108,6 +112,7 @@ class Loop:
             num_ranks=job.num_ranks,
             micro_batch=batch.micro_batch,
         )
+        self._ahead = Ahead(self._stream, job.num_ranks, self._device)
         seconds["data"] = -begin + (begin := time.perf_counter())
         # The same weights on every rank, before DeepSpeed broadcasts rank 0's.
         torch.manual_seed(self._spec.train.seed)
@@ -144,23 +149,28 @@ class Loop:
 
     # ---- one step ----
 
-    def _train_step(self) -> tuple[StepReport, bool]:
+    def _train_step(self) -> StepReport | None:
+        """One step, or None when the ranks have agreed to stop."""
         clock = _Phases(self._mark)
-        batch = self.current = self._take_batch()
+        left = -(-(self._job.schedule.end - self.position) // self._spec.batch.global_)
+        following = self._ahead.take(left, self._stop())
+        if following is None:
+            return None
+        batch = self.current = following.batch
         clock.lap("data_wait")
         self._engine.train()
-        self._engine.begin_step(_count(batch), int(self._stop()))
+        self._engine.begin_step(following.global_count)
         for i, micro in enumerate(batch.micros):
             self._micro_step(i, micro, i == len(batch.micros) - 1, clock)
         result = self._engine.step()
-        stopped = self._engine.flag > 0
         clock.lap("optimizer")
         self.step += 1
         self.position = batch.position
         self._applied_steps += int(result.applied)
         self._mark = clock.now
+        self._ahead.trained(clock.now - clock.begin)
         self._check_finite(result)
-        return self._report(batch, result, clock), stopped
+        return self._report(batch, following.global_count, result, clock)
 
     def _micro_step(self, index: int, micro: Batch, last: bool, clock: _Phases) -> None:
         # Keyed, not continued: dropout of a step is the same whether or not the run was resumed before it.
@@ -169,38 +179,17 @@ class Loop:
         clock.lap("h2d")
         loss = self._task.loss(self._engine, moved)
         clock.lap("forward")
-        if last:
-            self._look_ahead()
-            clock.lap("data_wait")
         self._engine.backward(loss, micro.count, last=last)
         clock.lap("backward")
 
-    def _take_batch(self) -> StepBatch:
-        following, self._following = self._following, None
-        if isinstance(following, BaseException):
-            raise following
-        return following or next(self._stream)
-
-    def _look_ahead(self) -> None:
-        """Takes the next batch already now: its count then needs no collective of its own."""
-        if self.current is None or self.current.position >= self._job.schedule.end:
-            return
-        try:
-            self._following = next(self._stream)
-            self._engine.announce(_count(self._following))
-        except Exception as error:
-            # It belongs to the next step, and is raised there.
-            self._following = error
-            self._engine.announce(0)
-
-    def _report(self, batch: StepBatch, result: StepResult, clock: _Phases) -> StepReport:
+    def _report(self, batch: StepBatch, count: float, result: StepResult, clock: _Phases) -> StepReport:
         sums = batch.batch_sum
         return StepReport(
             rank=self._job.rank,
             step=self.step,
             position=self.position,
             size=batch.size,
-            count=self._engine.global_count,
+            count=count,
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
@@ -215,7 +204,7 @@ class Loop:
     def _check_finite(self, result: StepResult) -> None:
         if not result.finite and self._spec.faults.nonfinite == "stop":
             raise RunFailedError(
-                f"step {self.step}: loss or gradients are not finite (loss {result.loss}); no weights were changed. "
+                f"step {self.step}: loss or gradients are not finite; no weights were changed. "
                 "Lower optim.lr, set optim.clip, or set faults.nonfinite: skip to leave such steps out"
             )
 
@@ -292,10 +281,6 @@ class Loop:
         meta = {**snapshot.meta, "optimizer_step": self._applied_steps} if job.rank == 0 else {}
         self._mark = time.perf_counter()
         yield Saved(job.rank, self.step, self.position, file, self._mark - begin, meta)
-
-
-def _count(batch: StepBatch) -> float:
-    return sum(micro.count for micro in batch.micros)
 
 
 class _Phases:

@@ -61,8 +61,9 @@ class Overhead(Task):
         return build()
 
     def collate(self, rows: pa.RecordBatch, keys: Keys) -> Batch:
-        x = rows["x"].flatten().to_numpy().reshape(-1, WIDTH).copy()
-        return Batch(rows.num_rows, x=torch.from_numpy(x), y=torch.from_numpy(rows["y"].to_numpy().copy()))
+        x, y = rows["x"], rows["y"].to_numpy()
+        values = np.frombuffer(x.buffers()[1], np.float32).reshape(-1, WIDTH)[x.offset : x.offset + len(x)]
+        return Batch(rows.num_rows, x=torch.from_numpy(values.copy()), y=torch.from_numpy(y.copy()))
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(model(batch.x), batch.y)
@@ -172,7 +173,8 @@ def run_dltrain(steps: int, directory: Path, address: str) -> tuple[float, float
 
 def write_data(directory: Path) -> None:
     x, y = make_arrays(8192)
-    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), WIDTH), "y": pa.array(y)})
+    vectors = pa.Array.from_buffers(pa.binary(WIDTH * 4), len(x), [None, pa.py_buffer(x)])
+    table = pa.table({"x": vectors, "y": pa.array(y)})
     (directory / "data").mkdir()
     pq.write_table(table, directory / "data" / "part-0.parquet", row_group_size=512)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dltrain.spec import EngineSpec, OptimSpec
-from dltrain.training.engine import Engine
+from dltrain.training.engine import Engine, StepResult
 
-__all__ = ["Tied", "dense", "engine_for", "rows", "weights"]
+__all__ = ["Tied", "dense", "engine_for", "rows", "weights", "whole"]
 
 FEATURES, CLASSES = 6, 4
 
@@ -66,3 +67,11 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
     sharded = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def whole(result: StepResult) -> StepResult:
+    """A step's result with the loss of all ranks."""
+    loss = torch.tensor(result.loss, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    return result._replace(loss=loss.item())

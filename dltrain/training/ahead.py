@@ -1,0 +1,136 @@
+"""The batches just ahead, and what all ranks must know of them before they are trained.
+
+ahead = Ahead(stream, num_ranks, device)
+following = ahead.take(steps_left, stop=stop_was_asked_for)   # None on every rank: stop now
+following.batch, following.global_count
+
+The exact mean over a global batch needs its count, and a stop must happen at the same step everywhere. A
+collective in each step would cost a short step a twentieth of its time, so ranks exchange both for as many steps as
+fit into a quarter of a second, and hold so many batches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dltrain.data.stream import StepBatch, TrainStream
+
+__all__ = ["Ahead", "Following", "num_ahead"]
+
+MOST = 16
+_SECONDS = 0.25
+_BYTES = 64 * 1024 * 1024
+# Making batches in the training thread: how large a share of the time is worth a thread.
+_JUDGED, _SHARE = 5, 0.05
+
+
+@dataclass(frozen=True)
+class Following:
+    """One rank's part of the next step, and units (rows or tokens) of the whole step."""
+
+    batch: StepBatch
+    global_count: float
+
+
+def num_ahead(step_seconds: float, batch_bytes: float) -> int:
+    """Steps to exchange at once, from what one took and what its batch weighs on a rank."""
+    if step_seconds <= 0:
+        return 1
+    return max(1, min(MOST, int(_SECONDS / step_seconds), int(_BYTES / max(batch_bytes, 1.0))))
+
+
+class Ahead:
+    """Takes batches from a stream a few at a time, and agrees on them with the other ranks.
+
+    Every rank calls `take` for every step. What making a batch raises is raised by the `take` of its step.
+    """
+
+    def __init__(self, stream: TrainStream, num_ranks: int, device: torch.device) -> None:
+        self._stream, self._num_ranks, self._device = stream, num_ranks, device
+        self._held: deque[tuple[StepBatch | Exception, float]] = deque()
+        self._size = 1
+        # since the last exchange
+        self._steps, self._seconds = 0, 0.0
+        self._shares: deque[float] = deque(maxlen=_JUDGED)
+
+    def take(self, steps_left: int, stop: bool) -> Following | None:
+        """The next step, or None when any rank was asked to stop.
+
+        Args:
+            steps_left: including this one; the same on every rank.
+            stop: this rank was asked to stop; noticed at an exchange.
+        """
+        if not self._held and not self._fill(min(self._size, steps_left), stop):
+            return None
+        batch, count = self._held.popleft()
+        if isinstance(batch, Exception):
+            self._held.appendleft((batch, count))
+            raise batch
+        return Following(batch, count)
+
+    def trained(self, seconds: float) -> None:
+        """How long the step took, what it waited for included."""
+        self._steps += 1
+        self._seconds += seconds
+
+    # ---- the exchange ----
+
+    def _fill(self, steps: int, stop: bool) -> bool:
+        begin = time.perf_counter()
+        batches = list(self._make(steps))
+        self._judge(time.perf_counter() - begin)
+        counts = [_count(b) for b in batches] + [0.0] * (MOST - steps)
+        weight = sum(_bytes(b) for b in batches) / steps
+        mean_seconds = self._seconds / self._steps if self._steps else 0.0
+        # Whole microseconds and bytes add up exactly: all ranks draw the same conclusion.
+        mine = [float(stop), float(round(mean_seconds * 1e6)), float(round(weight)), *counts]
+        flag, microseconds, total_bytes, *totals = self._add_up(mine)
+        self._size = num_ahead(microseconds / 1e6 / self._num_ranks, total_bytes / self._num_ranks)
+        self._steps, self._seconds = 0, 0.0
+        self._held.extend(zip(batches, totals, strict=False))
+        return not flag
+
+    def _make(self, steps: int) -> Iterator[StepBatch | Exception]:
+        for _ in range(steps):
+            try:
+                yield next(self._stream)
+            except Exception as error:
+                yield error
+
+    def _add_up(self, values: list[float]) -> list[float]:
+        if self._num_ranks == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64).to(self._device)
+        dist.all_reduce(tensor)
+        found: list[float] = tensor.tolist()
+        return found
+
+    def _judge(self, seconds: float) -> None:
+        """Has the stream use a thread when making batches takes a share of the time that is worth hiding.
+
+        A thread with little to do costs more than its work: it and the training thread pass the interpreter's
+        lock to and fro, at 2 ms a step on a machine with no core to spare. What is slow to read is read by
+        threads in any case.
+        """
+        if self._seconds:
+            self._shares.append(seconds / self._seconds)
+        if len(self._shares) >= 3 and statistics.median(self._shares) > _SHARE:
+            self._stream.prefetch()
+
+
+def _count(batch: StepBatch | Exception) -> float:
+    return 0.0 if isinstance(batch, Exception) else float(sum(micro.count for micro in batch.micros))
+
+
+def _bytes(batch: StepBatch | Exception) -> float:
+    if isinstance(batch, Exception):
+        return 0.0
+    tensors = (v for micro in batch.micros for v in micro.tensors.values() if isinstance(v, torch.Tensor))
+    return float(sum(t.numel() * t.element_size() for t in tensors))

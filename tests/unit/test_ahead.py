@@ -1,0 +1,97 @@
+"""Taking batches a few at a time: how many, in which order, and what ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dltrain.data.batch import Batch
+from dltrain.data.identity import BatchSum
+from dltrain.data.stream import StepBatch
+from dltrain.training.ahead import MOST, Ahead, num_ahead
+
+
+class Stream:
+    """Batches 1, 2, ... of so many units; the one that is bad raises."""
+
+    def __init__(self, bad: int = 0) -> None:
+        self.made, self.bad, self.prefetched = 0, bad, False
+
+    def __next__(self) -> StepBatch:
+        if self.made + 1 == self.bad:
+            raise KeyError("label")
+        self.made += 1
+        micros = [Batch(self.made, x=torch.zeros(4)), Batch(0, x=torch.zeros(4))]
+        return StepBatch(self.made, 1, micros, np.zeros(1, np.int64), np.zeros(1, np.int64), BatchSum())
+
+    def prefetch(self) -> None:
+        self.prefetched = True
+
+
+def ahead(stream: Any) -> Ahead:
+    return Ahead(stream, 1, torch.device("cpu"))
+
+
+def train(source: Ahead, steps: int, seconds: float, of: int) -> list[float]:
+    counts = []
+    for step in range(steps):
+        following = source.take(of - step, stop=False)
+        assert following is not None
+        counts.append(following.global_count)
+        source.trained(seconds)
+    return counts
+
+
+def test_how_many_steps_are_exchanged_at_once() -> None:
+    assert num_ahead(0.0, 100.0) == 1
+    assert num_ahead(1e-4, 100.0) == MOST
+    assert num_ahead(0.02, 100.0) == 12
+    assert num_ahead(0.02, 20 * 2**20) == 3
+    assert num_ahead(0.02, 2**30) == 1
+    assert num_ahead(5.0, 100.0) == 1
+
+
+def test_every_batch_comes_once_in_order_and_no_more_than_there_are() -> None:
+    stream = Stream()
+    source = ahead(stream)
+    assert train(source, 30, 0.02, of=30) == list(range(1, 31))
+    assert stream.made == 30
+
+
+def test_few_are_held_at_first_and_when_steps_are_slow() -> None:
+    stream = Stream()
+    source = ahead(stream)
+    train(source, 2, 0.02, of=100)
+    assert stream.made == 2
+    train(source, 1, 0.02, of=98)
+    assert stream.made == 14
+    slow = Stream()
+    train(ahead(slow), 5, 1.0, of=100)
+    assert slow.made == 5
+
+
+def test_a_stop_is_noticed_at_the_next_exchange() -> None:
+    source = ahead(Stream())
+    train(source, 3, 0.02, of=100)
+    taken = [source.take(97, stop=True) is not None for _ in range(12)]
+    assert taken == [True] * 11 + [False]
+
+
+def test_what_a_batch_raises_comes_in_its_turn() -> None:
+    source = ahead(Stream(bad=5))
+    assert train(source, 4, 0.02, of=100) == [1, 2, 3, 4]
+    for _ in range(2):
+        with pytest.raises(KeyError, match="label"):
+            source.take(96, stop=False)
+
+
+def test_a_thread_makes_batches_when_that_takes_a_share_of_the_steps() -> None:
+    idle, busy = Stream(), Stream()
+    train(ahead(idle), 60, 0.1, of=100)
+    assert not idle.prefetched
+    # Steps that took no longer than making their batches.
+    train(ahead(busy), 60, 1e-6, of=100)
+    assert busy.prefetched
