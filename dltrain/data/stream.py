@@ -2,7 +2,7 @@
 
     stream = TrainStream(order, reader.read, task.collate, position=0, end=N * epochs, global_batch=256,
                          rank=0, num_ranks=2, micro_batch=64)
-    for step in stream: step.micros, step.batch_sum, ...
+    for step in stream: step.micros, step.sums, ...
     for chunk in eval_chunks(...): ...
 
 The only state is the position: samples consumed by committed steps.
@@ -10,7 +10,7 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class StepBatch:
         position: samples consumed once this step is committed.
         size: rows of the global batch.
         micros: this rank's micro-batches; one that has no row of its own is a stand-in of count 0.
-        epochs, ids: of this rank's rows, in canonical order.
+        epochs, ids: of this rank's rows, in canonical order; sums: of them, by epoch.
     """
 
     position: int
@@ -54,7 +54,7 @@ class StepBatch:
     micros: list[Batch]
     epochs: I64
     ids: I64
-    batch_sum: BatchSum
+    sums: Mapping[int, BatchSum]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class TrainStream:
             yield self._step(at, min(self._global_batch, self._end - at))
 
     def _step(self, at: int, size: int) -> StepBatch:
-        rows, epochs, ids, batch_sum = self._rows(at, size, self._rank, self._num_ranks)
+        rows, epochs, ids, sums = self._rows(at, size, self._rank, self._num_ranks)
         num_micros = micro_batches(size, self._num_ranks, self._micro_batch)
         micros = []
         for i in range(num_micros):
@@ -199,7 +199,7 @@ class TrainStream:
             micros.append(
                 self._micro(rows, epochs[mine], ids[mine], mine) if i < len(ids) else self._stand_in(at, size)
             )
-        return StepBatch(at + size, size, micros, epochs, ids, batch_sum)
+        return StepBatch(at + size, size, micros, epochs, ids, sums)
 
     def _micro(self, rows: pa.RecordBatch, epochs: I64, ids: I64, mine: slice) -> Batch:
         if mine.step > 1:
@@ -211,16 +211,18 @@ class TrainStream:
         rows, epochs, ids, _ = self._rows(at, size, 0, size)
         return Batch(0, **self._micro(rows, epochs, ids, slice(0, None, 1)).tensors)
 
-    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> tuple[pa.RecordBatch, I64, I64, BatchSum]:
+    def _rows(
+        self, at: int, size: int, rank: int, num_ranks: int
+    ) -> tuple[pa.RecordBatch, I64, I64, dict[int, BatchSum]]:
         rows, epochs, ids = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        batch_sum = BatchSum()
+        sums: dict[int, BatchSum] = {}
         for s in self._order.segments(at, size, rank, num_ranks):
             window = self._windows.get(s.epoch, s.lane, s.window)
             rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi])
-            batch_sum += BatchSum.between(window.sums, s.lo, s.hi)
-        return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), batch_sum
+            sums[s.epoch] = sums.get(s.epoch, BatchSum()) + BatchSum.between(window.sums, s.lo, s.hi)
+        return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), sums
 
 
 class EvalStream:

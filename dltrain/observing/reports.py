@@ -40,7 +40,7 @@ class StepReport:
         step: counted from 1; position: samples consumed after it.
         size: rows of the global batch; count: units (rows or tokens) its loss is a mean over.
         loss: this rank's part of that mean: it is the sum over ranks.
-        batch_sum: (rows, hash, hash) of this rank's rows.
+        sums: epoch -> (rows, hash, hash) of this rank's rows.
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.
     """
@@ -55,7 +55,7 @@ class StepReport:
     learning_rate: float
     applied: bool
     finite: bool
-    batch_sum: tuple[int, int, int]
+    sums: Mapping[int, tuple[int, int, int]]
     seconds: float
     phases: Mapping[str, float]
     ready: int = 0

@@ -274,7 +274,8 @@ class Driver:
         self._record.ledger.enter("starting", self._clock())
         self._saved.clear()
         self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
-        self._record.start_attempt(self._group.attempt, num_ranks)
+        saved = self._resume.manifest.get("audit") if self._resume else None
+        self._record.start_attempt(self._group.attempt, num_ranks, saved)
         self._view.say(f"starting {num_ranks} worker{'s' if num_ranks > 1 else ''} on {self._slots.device}")
         try:
             self._group.start(self._job)
@@ -352,6 +353,7 @@ class Driver:
             "plan_id": self._plan.plan_id,
             "metrics": self._record.metrics,
             "best": self._record.best,
+            "audit": self._record.trail.to_dict(),
             "ledger": self._record.ledger.to_dict(),
             "spec": self._spec.to_dict(),
             "dltrain": __version__,

@@ -25,6 +25,7 @@ from dltrain.observing.view import Progress, View
 from dltrain.running.agent import LogLine
 from dltrain.running.lifecycle import Event
 from dltrain.running.rundir import RunDir
+from dltrain.running.trail import Trail
 from dltrain.spec import JobSpec
 
 __all__ = ["Record"]
@@ -53,6 +54,7 @@ class Record:
         self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
         self._launched, self._last_beat = launched, 0.0
         self._partial: dict[int, dict[int, StepReport]] = {}
+        self.trail = Trail()
         self._highest = self._latest = int(before.get("highest_step", 0))
         self._logs: dict[int, Any] = {}
         # this start
@@ -64,8 +66,9 @@ class Record:
 
     # ---- from the ranks ----
 
-    def start_attempt(self, attempt: int, num_ranks: int) -> None:
-        """A new group: reports of the old one are not waited for."""
+    def start_attempt(self, attempt: int, num_ranks: int, trail: Mapping[str, Any] | None) -> None:
+        """A new group, going on from the trail in its checkpoint; reports of the old one are not waited for."""
+        self.trail = Trail.of(trail)
         self._attempt, self._num_ranks = attempt, num_ranks
         # A step that any rank has made is made again by the new group.
         self._highest = max(self._highest, self._latest)
@@ -86,7 +89,8 @@ class Record:
 
     def _commit_step(self, reports: Sequence[StepReport], now: float, total_steps: int) -> None:
         first = reports[0]
-        sums = sum((BatchSum(*r.batch_sum) for r in reports), BatchSum())
+        sums = sum((BatchSum(*numbers) for r in reports for numbers in r.sums.values()), BatchSum())
+        self.trail.add(r.sums for r in reports)
         data_wait = max(r.phases.get("data_wait", 0.0) for r in reports)
         redone = first.step <= self._highest
         self._highest = max(self._highest, first.step)

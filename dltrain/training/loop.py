@@ -183,7 +183,6 @@ class Loop:
         clock.lap("backward")
 
     def _report(self, batch: StepBatch, count: float, result: StepResult, clock: _Phases) -> StepReport:
-        sums = batch.batch_sum
         return StepReport(
             rank=self._job.rank,
             step=self.step,
@@ -195,7 +194,7 @@ class Loop:
             learning_rate=result.learning_rate,
             applied=result.applied,
             finite=result.finite,
-            batch_sum=(sums.count, sums.first, sums.second),
+            sums={epoch: (s.count, s.first, s.second) for epoch, s in batch.sums.items()},
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
