@@ -10,32 +10,43 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.identity import U64, BatchSum, hash_ids, running_sums
-from dltrain.data.order import Order, Segment
+from dltrain.data.identity import BatchSum
+from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
+from dltrain.data.windows import HINT, ReadUnit, StartUnit, Window, Windows, one_batch, stand_ins
+from dltrain.errors import BadRowsError, DataError
 
-__all__ = ["EvalStream", "StepBatch", "TrainStream", "micro_batches"]
+__all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
 
 I64 = npt.NDArray[np.int64]
 Collate = Callable[[pa.RecordBatch, Keys], Batch]
-ReadUnit = Callable[[int], pa.Table]
 _DEPTH = 3
-_THREADS = 4
+_TURNS = 16
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
     """Micro-batches of a step of `size` rows: the same on every rank, enough for the largest slice."""
     largest_slice = -(-size // num_ranks)
     return max(1, -(-largest_slice // micro_batch))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A row that could not be used: another one of its window was trained in its place."""
+
+    epoch: int
+    id: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class StepBatch:
         size: rows of the global batch.
         micros: this rank's micro-batches; one that has no row of its own is a stand-in of count 0.
         epochs, ids: of this rank's rows, in canonical order; sums: of them, by epoch.
+        replaced: those of them that another row stands in for.
     """
 
     position: int
@@ -55,73 +67,35 @@ class StepBatch:
     epochs: I64
     ids: I64
     sums: Mapping[int, BatchSum]
+    replaced: tuple[Replaced, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A window's rows in shuffled order, and running sums of their hashes: what a step needs is a slice.
+class _Rows:
+    """A rank's rows of a batch, and where they came from: (rows,) window and item of each."""
 
-    sums: (2, rows + 1).
-    """
-
-    rows: pa.RecordBatch
+    rows: Any
+    epochs: I64
     ids: I64
-    sums: U64
+    windows: list[tuple[Window, int, int]]
 
+    def origin(self, row: int) -> tuple[Window, int]:
+        """The window of a row, and its item there."""
+        for window, lo, hi in self.windows:
+            if row < hi - lo:
+                return window, lo + row
+            row -= hi - lo
+        raise IndexError(row)
 
-class _Windows:
-    """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before."""
-
-    def __init__(self, order: Order, read_unit: ReadUnit, end: int) -> None:
-        self._order, self._read_unit, self._end = order, read_unit, end
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
-        self._held: dict[int, dict[tuple[int, int], Future[_Window]]] = {}
-        self._current: dict[int, tuple[int, int]] = {}
-
-    def get(self, epoch: int, lane: int, window: int) -> _Window:
-        held = self._held.setdefault(lane, {})
-        future = held.get((epoch, window))
-        if future is not None and (epoch, window) == self._current.get(lane):
-            return future.result()
-        self._current[lane] = (epoch, window)
-        for old in [k for k in held if k < (epoch, window)]:
-            held.pop(old).cancel()
-        future = self._start(held, epoch, lane, window)
-        following = self._next(epoch, lane, window)
-        if following:
-            self._start(held, following[0], lane, following[1])
-        return future.result()
-
-    def begin(self, segments: Iterable[Segment]) -> None:
-        """Starts loading what the first step needs."""
-        for s in segments:
-            self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
-
-    def _start(
-        self, held: dict[tuple[int, int], Future[_Window]], epoch: int, lane: int, window: int
-    ) -> Future[_Window]:
-        future = held.get((epoch, window))
-        if future is None:
-            future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window)
-        return future
-
-    def _next(self, epoch: int, lane: int, window: int) -> tuple[int, int] | None:
-        order = self._order
-        if window + 2 < len(order.lane(epoch, lane).window_spans):
-            return epoch, window + 1
-        following = epoch + 1
-        begins = order.lane_begin(lane, following) * order.num_lanes + lane
-        return (following, 0) if begins < self._end and order.lane_length(lane, following) else None
-
-    def _load(self, epoch: int, lane: int, window: int) -> _Window:
-        spans = self._order.window_spans(epoch, lane, window)
-        tables = [self._read_unit(s.unit).slice(s.lo, s.hi - s.lo) for s in spans]
-        perm, ids = self._order.window_perm(epoch, lane, window), self._order.window_ids(epoch, lane, window)
-        rows = one_batch(pa.concat_tables(tables)).take(pa.array(perm))
-        return _Window(rows, ids, running_sums(hash_ids(self._order.seed, epoch, ids)))
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def replaced(self) -> Iterator[Replaced]:
+        """Those that are not the row they should be."""
+        at = 0
+        for window, lo, hi in self.windows:
+            for item in range(lo, hi) if window.bad else ():
+                if item in window.bad:
+                    row = at + item - lo
+                    yield Replaced(int(self.epochs[row]), int(self.ids[row]), window.bad[item])
+            at += hi - lo
 
 
 class TrainStream:
@@ -131,6 +105,8 @@ class TrainStream:
         position: samples consumed so far.
         end: position at which the run ends.
         micro_batch: most rows of one forward pass.
+        start_unit: begins to fetch a unit.
+        replace: rows that can't be used are replaced and listed; else they raise.
     """
 
     def __init__(
@@ -145,11 +121,14 @@ class TrainStream:
         rank: int,
         num_ranks: int,
         micro_batch: int,
+        start_unit: StartUnit | None = None,
+        replace: bool = False,
     ) -> None:
         self._order, self._collate = order, collate
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
-        self._windows = _Windows(order, read_unit, end)
+        self._replace = replace
+        self._windows = Windows(order, read_unit, end, start_unit, replace)
         self._windows.begin(order.segments(position, min(global_batch, end - position), rank, num_ranks))
         self._made = self._steps()
         self._failure: BaseException | None = None
@@ -190,39 +169,70 @@ class TrainStream:
             yield self._step(at, min(self._global_batch, self._end - at))
 
     def _step(self, at: int, size: int) -> StepBatch:
-        rows, epochs, ids, sums = self._rows(at, size, self._rank, self._num_ranks)
+        mine = self._rows(at, size, self._rank, self._num_ranks)
         num_micros = micro_batches(size, self._num_ranks, self._micro_batch)
+        replaced = list(mine.replaced())
         micros = []
         for i in range(num_micros):
             # Strided, so that every micro-batch has rows of many lanes.
-            mine = slice(i, None, num_micros)
-            micros.append(
-                self._micro(rows, epochs[mine], ids[mine], mine) if i < len(ids) else self._stand_in(at, size)
-            )
-        return StepBatch(at + size, size, micros, epochs, ids, sums)
+            some = range(i, len(mine.ids), num_micros)
+            micros.append(self._micro(mine, some, replaced) if some else self._stand_in(at, size))
+        return StepBatch(at + size, size, micros, mine.epochs, mine.ids, self._sums(mine), tuple(replaced))
 
-    def _micro(self, rows: pa.RecordBatch, epochs: I64, ids: I64, mine: slice) -> Batch:
-        if mine.step > 1:
-            rows = rows.take(pa.array(np.arange(rows.num_rows)[mine]))
-        return self._collate(rows, Keys(self._order.seed, epochs, ids))
+    def _micro(self, mine: _Rows, some: range, replaced: list[Replaced]) -> Batch:
+        rows = mine.rows
+        if some.step > 1:
+            rows = rows.take(pa.array(np.arange(some.start, some.stop, some.step)))
+        keys = Keys(self._order.seed, mine.epochs[some.start :: some.step], mine.ids[some.start :: some.step])
+        # Counted by row: which others are bad must not change what stands in for this one.
+        turns: Counter[int] = Counter()
+        while True:
+            try:
+                return self._collate(rows, keys)
+            except BadRowsError as error:
+                turns.update(error.rows)
+                if not self._replace or max(turns.values()) > _TURNS:
+                    which = ", ".join(str(int(keys.ids[r])) for r in error.rows)
+                    raise DataError(f"row {which} can't be used: {error.reason}; {HINT}") from None
+                rows = self._without(rows, mine, some, error.rows, turns)
+                new = [r for r in error.rows if turns[r] == 1]
+                replaced.extend(Replaced(int(keys.epochs[r]), int(keys.ids[r]), error.reason) for r in new)
+
+    def _without(
+        self, rows: pa.RecordBatch, mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]
+    ) -> pa.RecordBatch:
+        """The rows, with another of the same window in the place of each bad one."""
+        parts, at = [], 0
+        for row in sorted(set(bad)):
+            window, _ = mine.origin(some[row])
+            other = int(stand_ins(mine.ids[some[row] : some[row] + 1], window.rows.num_rows, turns[row])[0])
+            parts += [rows.slice(at, row - at), window.rows.slice(other, 1)]
+            at = row + 1
+        return pa.concat_batches([*parts, rows.slice(at)])
 
     def _stand_in(self, at: int, size: int) -> Batch:
         """The batch's first row, weighing nothing: a rank without a row still enters every collective."""
-        rows, epochs, ids, _ = self._rows(at, size, 0, size)
-        return Batch(0, **self._micro(rows, epochs, ids, slice(0, None, 1)).tensors)
+        return Batch(0, **self._micro(self._rows(at, size, 0, size), range(1), []).tensors)
 
-    def _rows(
-        self, at: int, size: int, rank: int, num_ranks: int
-    ) -> tuple[pa.RecordBatch, I64, I64, dict[int, BatchSum]]:
-        rows, epochs, ids = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        sums: dict[int, BatchSum] = {}
+    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
+        rows, epochs, ids, windows = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
         for s in self._order.segments(at, size, rank, num_ranks):
             window = self._windows.get(s.epoch, s.lane, s.window)
             rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi])
-            sums[s.epoch] = sums.get(s.epoch, BatchSum()) + BatchSum.between(window.sums, s.lo, s.hi)
-        return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), sums
+            windows.append((window, s.lo, s.hi))
+        joined = pa.concat_batches(rows) if rows else None
+        return _Rows(joined, np.concatenate(epochs), np.concatenate(ids), windows)
+
+    def _sums(self, mine: _Rows) -> dict[int, BatchSum]:
+        sums: dict[int, BatchSum] = {}
+        at = 0
+        for window, lo, hi in mine.windows:
+            epoch = int(mine.epochs[at])
+            sums[epoch] = sums.get(epoch, BatchSum()) + BatchSum.between(window.sums, lo, hi)
+            at += hi - lo
+        return sums
 
 
 class EvalStream:
@@ -268,8 +278,3 @@ class EvalStream:
             tables.append(self._read_unit(unit).slice(start, hi - begin - start))
         ids = np.arange(lo, hi)
         return self._collate(one_batch(pa.concat_tables(tables)), Keys(0, np.zeros_like(ids), ids))
-
-
-def one_batch(table: pa.Table) -> pa.RecordBatch:
-    """A table of at least one row as one batch."""
-    return table.combine_chunks().to_batches()[0]

@@ -43,6 +43,7 @@ class StepReport:
         sums: epoch -> (rows, hash, hash) of this rank's rows.
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.
+        replaced: (epoch, row id, reason) of each row that another one was trained in the place of.
     """
 
     rank: int
@@ -59,6 +60,7 @@ class StepReport:
     seconds: float
     phases: Mapping[str, float]
     ready: int = 0
+    replaced: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Record:
         self.total_restarts = int(before.get("restarts", 0))
         hub.restore(self.counters)
         self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
+        self._replaced = Journal(run.store, "quarantine")
         self._launched, self._last_beat = launched, 0.0
         self._partial: dict[int, dict[int, StepReport]] = {}
         self.trail = Trail()
@@ -90,7 +91,8 @@ class Record:
     def _commit_step(self, reports: Sequence[StepReport], now: float, total_steps: int) -> None:
         first = reports[0]
         sums = sum((BatchSum(*numbers) for r in reports for numbers in r.sums.values()), BatchSum())
-        self.trail.add(r.sums for r in reports)
+        self.trail.add(reports)
+        self._quarantine(reports)
         data_wait = max(r.phases.get("data_wait", 0.0) for r in reports)
         redone = first.step <= self._highest
         self._highest = max(self._highest, first.step)
@@ -123,6 +125,16 @@ class Record:
             self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
         progress = Progress(first.step, total_steps, loss, self.rate, self._wait_share(), self._num_ranks)
         self._view.on_step(progress)
+
+    def _quarantine(self, reports: Sequence[StepReport]) -> None:
+        for report in reports:
+            for epoch, row, reason in report.replaced:
+                self._replaced.add({"step": report.step, "epoch": epoch, "row": row, "reason": reason})
+
+    @property
+    def num_replaced(self) -> int:
+        """Rows, in the steps that the weights rest on, that another row was trained in the place of."""
+        return sum(self.trail.replaced.values())
 
     def _count(self, report: StepReport) -> None:
         added = {
@@ -211,6 +223,7 @@ class Record:
             self._quietly(handle.flush)
         self._quietly(self._steps.flush)
         self._quietly(self._events.flush)
+        self._quietly(self._replaced.flush)
         ledger = {
             **self.ledger.to_dict(),
             "counters": self.counters,
@@ -260,7 +273,7 @@ class Record:
     def close(self) -> None:
         """Writes what is left."""
         self.flush()
-        for journal in (self._steps, self._events):
+        for journal in (self._steps, self._events, self._replaced):
             with contextlib.suppress(OSError, StoreError):
                 journal.close()
         for handle in self._logs.values():

@@ -4,7 +4,8 @@ run = RunDir.of(spec)
 run.check_same(spec); run.claim_attempt(); run.store.read("state.json")
 find_run("image-cnn")                 # by name under $DLTRAIN_RUNS or ./runs, or by URL
 
-spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl  checkpoints/  logs/
+spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl
+quarantine.jsonl  checkpoints/  logs/
 """
 
 from __future__ import annotations

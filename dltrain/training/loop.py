@@ -111,6 +111,7 @@ class Loop:
             rank=job.rank,
             num_ranks=job.num_ranks,
             micro_batch=batch.micro_batch,
+            replace=self._spec.data.bad_rows > 0,
         )
         self._ahead = Ahead(self._stream, job.num_ranks, self._device)
         seconds["data"] = -begin + (begin := time.perf_counter())
@@ -194,6 +195,7 @@ class Loop:
             learning_rate=result.learning_rate,
             applied=result.applied,
             finite=result.finite,
+            replaced=tuple((r.epoch, r.id, r.reason) for r in batch.replaced),
             sums={epoch: (s.count, s.first, s.second) for epoch, s in batch.sums.items()},
             seconds=clock.now - clock.begin,
             phases=clock.seconds,

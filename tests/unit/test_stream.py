@@ -16,6 +16,7 @@ from dltrain.data.identity import BatchSum, sum_ids
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
+from dltrain.errors import BadRowsError, DataError
 
 ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
 STARTS = np.concatenate([[0], np.cumsum(ROWS)])
@@ -186,3 +187,77 @@ def test_sums_add_up_exactly_in_any_order() -> None:
     shuffled = [items[i] for i in rng.permutation(len(items))]
     assert reduce_sums(items) == reduce_sums(shuffled)
     assert reduce_sums([]) == {}
+
+
+# ---- rows that can't be used ----
+
+
+def replaced_ids(num_ranks: int, read: Any, make: Any = collate) -> tuple[list[list[int]], set[tuple[int, int]]]:
+    """Ids as read in the batches of all ranks, in canonical order, and (epoch, row) of those replaced."""
+    batches: dict[int, list[int]] = {}
+    listed = set()
+    for rank in range(num_ranks):
+        source = TrainStream(
+            ORDER,
+            read,
+            make,
+            position=0,
+            end=2 * NUM_ROWS,
+            global_batch=21,
+            rank=rank,
+            num_ranks=num_ranks,
+            micro_batch=100,
+            replace=True,
+        )
+        for step in take(source):
+            batches.setdefault(step.position, []).extend(i for m in step.micros if m.count for i in m.id.tolist())
+            listed |= {(r.epoch, r.id) for r in step.replaced}
+    return list(batches.values()), listed
+
+
+def loose(rows: pa.RecordBatch, keys: Keys) -> Batch:
+    return Batch(rows.num_rows, id=torch.tensor(rows["id"].to_numpy().copy()))
+
+
+@pytest.mark.parametrize("broken", [{2}, {1, 3, 4}, {0, 1, 2, 3, 4, 5, 6}])
+def test_units_that_cannot_be_read_are_replaced_alike_for_any_number_of_ranks(broken: set[int]) -> None:
+    def read(unit: int) -> pa.Table:
+        if unit in broken:
+            raise DataError(f"unit {unit} is damaged")
+        return read_unit(unit)
+
+    lost = {i for unit in broken for i in range(STARTS[unit], STARTS[unit + 1])}
+    batches, listed = replaced_ids(1, read, loose)
+    assert listed == {(epoch, i) for epoch in range(2) for i in lost}
+    assert not lost & {i for batch in batches for i in batch}
+    assert sum(len(batch) for batch in batches) == 2 * NUM_ROWS
+    for num_ranks in (2, 3, 5):
+        assert replaced_ids(num_ranks, read, loose) == (batches, listed)
+
+
+def test_rows_that_collate_refuses_are_replaced_alike_for_any_number_of_ranks() -> None:
+    bad = {3, 10, 11, 40, NUM_ROWS - 1}
+
+    def one_at_a_time(rows: pa.RecordBatch, keys: Keys) -> Batch:
+        found = [i for i, value in enumerate(rows["id"].to_pylist()) if value in bad]
+        if found:
+            raise BadRowsError(found[:1], "not an image")
+        return loose(rows, keys)
+
+    batches, listed = replaced_ids(1, read_unit, one_at_a_time)
+    assert listed == {(epoch, i) for epoch in range(2) for i in bad}
+    assert not bad & {i for batch in batches for i in batch}
+    for num_ranks in (2, 3):
+        assert replaced_ids(num_ranks, read_unit, one_at_a_time) == (batches, listed)
+
+
+def test_without_a_budget_a_bad_row_is_an_error_that_says_what_to_set() -> None:
+    def refuse(rows: pa.RecordBatch, keys: Keys) -> Batch:
+        raise BadRowsError([1], "not an image")
+
+    source = TrainStream(
+        ORDER, read_unit, refuse, position=0, end=9, global_batch=9, rank=0, num_ranks=1, micro_batch=9
+    )
+    with pytest.raises(DataError, match=r"not an image; .*data\.bad_rows"):
+        next(source)
+    source.close()
