@@ -10,9 +10,12 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from dltrain.data.identity import BatchSum
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.windows import HINT, ReadUnit, StartUnit, Window, Windows, one_batch, stand_ins
-from dltrain.errors import BadRowsError, DataError
+from dltrain.errors import BadRowsError, DataError, DltrainError
 
 __all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
 
@@ -107,6 +110,7 @@ class TrainStream:
         micro_batch: most rows of one forward pass.
         start_unit: begins to fetch a unit.
         replace: rows that can't be used are replaced and listed; else they raise.
+        parallel: threads that call `collate`, for one that hands the work on to other processes.
     """
 
     def __init__(
@@ -123,11 +127,12 @@ class TrainStream:
         micro_batch: int,
         start_unit: StartUnit | None = None,
         replace: bool = False,
+        parallel: int = 0,
     ) -> None:
         self._order, self._collate = order, collate
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
-        self._replace = replace
+        self._replace, self._parallel = replace, parallel
         self._windows = Windows(order, read_unit, end, start_unit, replace)
         self._windows.begin(order.segments(position, min(global_batch, end - position), rank, num_ranks))
         self._made = self._steps()
@@ -162,21 +167,47 @@ class TrainStream:
         """Stops the threads."""
         if self._prefetcher:
             self._prefetcher.close()
+        # Still at work where a read hangs; its thread is a daemon.
+        with contextlib.suppress(ValueError):
+            self._made.close()
         self._windows.close()
 
-    def _steps(self) -> Iterator[StepBatch]:
-        for at in range(self._position, self._end, self._global_batch):
-            yield self._step(at, min(self._global_batch, self._end - at))
+    def _steps(self) -> Generator[StepBatch, None, None]:
+        positions = iter(range(self._position, self._end, self._global_batch))
+        if not self._parallel:
+            yield from (self._step(*self._take(at)) for at in positions)
+            return
+        with ThreadPoolExecutor(self._parallel, thread_name_prefix="dltrain-collate") as pool:
+            ahead = deque(self._submit(pool, at) for at in islice(positions, self._parallel + 1))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(self._submit(pool, at) for at in islice(positions, 1))
 
-    def _step(self, at: int, size: int) -> StepBatch:
+    def _submit(self, pool: ThreadPoolExecutor, at: int) -> Future[StepBatch]:
+        try:
+            # Windows are walked through in order, by one thread.
+            return pool.submit(self._step, *self._take(at))
+        except DltrainError as error:
+            # It comes out in its turn.
+            failed: Future[StepBatch] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _take(self, at: int) -> tuple[int, int, _Rows, _Rows | None]:
+        """A step's rows, and where the rank has fewer rows than micro-batches the step's first row."""
+        size = min(self._global_batch, self._end - at)
         mine = self._rows(at, size, self._rank, self._num_ranks)
+        short = len(mine.ids) < micro_batches(size, self._num_ranks, self._micro_batch)
+        return at, size, mine, self._rows(at, size, 0, size) if short else None
+
+    def _step(self, at: int, size: int, mine: _Rows, first: _Rows | None) -> StepBatch:
         num_micros = micro_batches(size, self._num_ranks, self._micro_batch)
         replaced = list(mine.replaced())
         micros = []
         for i in range(num_micros):
             # Strided, so that every micro-batch has rows of many lanes.
             some = range(i, len(mine.ids), num_micros)
-            micros.append(self._micro(mine, some, replaced) if some else self._stand_in(at, size))
+            micros.append(self._micro(mine, some, replaced) if some else self._stand_in(first))
         return StepBatch(at + size, size, micros, mine.epochs, mine.ids, self._sums(mine), tuple(replaced))
 
     def _micro(self, mine: _Rows, some: range, replaced: list[Replaced]) -> Batch:
@@ -210,9 +241,10 @@ class TrainStream:
             at = row + 1
         return pa.concat_batches([*parts, rows.slice(at)])
 
-    def _stand_in(self, at: int, size: int) -> Batch:
+    def _stand_in(self, first: _Rows | None) -> Batch:
         """The batch's first row, weighing nothing: a rank without a row still enters every collective."""
-        return Batch(0, **self._micro(self._rows(at, size, 0, size), range(1), []).tensors)
+        assert first is not None
+        return Batch(0, **self._micro(first, range(1), []).tensors)
 
     def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
         rows, epochs, ids, windows = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
