@@ -58,6 +58,10 @@ class Mixture:
             items, weight = items - shares[-1], weight - own
         return shares
 
+    def stretch(self, source: int) -> float:
+        """Positions of the mixture for one of a source."""
+        return self._total / self.weights[source]
+
     def segments(self, consumed: int, size: int, rank: int = 0, num_ranks: int = 1) -> list[Part]:
         """What `rank` takes of the global batch of positions [consumed, consumed + size), lane by lane."""
         parts = []

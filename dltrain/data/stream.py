@@ -1,6 +1,6 @@
 """Streams: the batches of one rank, in order, made in background threads.
 
-    stream = TrainStream(order, reader.read, task.collate, position=0, end=N * epochs, global_batch=256,
+    stream = TrainStream(Mixture([order], [1]), [reader], task.collate, position=0, end=N * epochs, global_batch=256,
                          rank=0, num_ranks=2, micro_batch=64)
     for step in stream: step.micros, step.sums, ...
     for chunk in eval_chunks(...): ...
@@ -11,12 +11,13 @@ The only state is the position: samples consumed by committed steps.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +25,16 @@ import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
 from dltrain.data.identity import BatchSum
-from dltrain.data.order import Order
+from dltrain.data.mixture import Mixture
 from dltrain.data.prefetch import Prefetcher
-from dltrain.data.windows import HINT, ReadUnit, StartUnit, Window, Windows, one_batch, stand_ins
+from dltrain.data.windows import HINT, Units, Window, Windows, one_batch, stand_ins
 from dltrain.errors import BadRowsError, DataError, DltrainError
 
 __all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
 
 I64 = npt.NDArray[np.int64]
 Collate = Callable[[pa.RecordBatch, Keys], Batch]
+Sums = Mapping[tuple[int, int], BatchSum]
 _DEPTH = 3
 _TURNS = 16
 
@@ -47,6 +49,7 @@ def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
 class Replaced:
     """A row that could not be used: another one of its window was trained in its place."""
 
+    source: int
     epoch: int
     id: int
     reason: str
@@ -60,7 +63,7 @@ class StepBatch:
         position: samples consumed once this step is committed.
         size: rows of the global batch.
         micros: this rank's micro-batches; one that has no row of its own is a stand-in of count 0.
-        epochs, ids: of this rank's rows, in canonical order; sums: of them, by epoch.
+        epochs, ids: of this rank's rows, in canonical order; sums: of them, by source and epoch.
         replaced: those of them that another row stands in for.
     """
 
@@ -69,36 +72,45 @@ class StepBatch:
     micros: list[Batch]
     epochs: I64
     ids: I64
-    sums: Mapping[int, BatchSum]
+    sums: Sums
     replaced: tuple[Replaced, ...] = ()
+
+
+class _Piece(NamedTuple):
+    """Items [lo, hi) of a window."""
+
+    window: Window
+    lo: int
+    hi: int
+    source: int
+    epoch: int
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A rank's rows of a batch, and where they came from: (rows,) window and item of each."""
+    """A rank's rows of a batch, and where they came from."""
 
     rows: Any
     epochs: I64
     ids: I64
-    windows: list[tuple[Window, int, int]]
+    pieces: list[_Piece]
 
-    def origin(self, row: int) -> tuple[Window, int]:
-        """The window of a row, and its item there."""
-        for window, lo, hi in self.windows:
-            if row < hi - lo:
-                return window, lo + row
-            row -= hi - lo
+    def origin(self, row: int) -> _Piece:
+        """Where a row came from."""
+        for piece in self.pieces:
+            if row < piece.hi - piece.lo:
+                return piece
+            row -= piece.hi - piece.lo
         raise IndexError(row)
 
     def replaced(self) -> Iterator[Replaced]:
         """Those that are not the row they should be."""
         at = 0
-        for window, lo, hi in self.windows:
-            for item in range(lo, hi) if window.bad else ():
-                if item in window.bad:
-                    row = at + item - lo
-                    yield Replaced(int(self.epochs[row]), int(self.ids[row]), window.bad[item])
-            at += hi - lo
+        for p in self.pieces:
+            for item in range(p.lo, p.hi) if p.window.bad else ():
+                if item in p.window.bad:
+                    yield Replaced(p.source, p.epoch, int(self.ids[at + item - p.lo]), p.window.bad[item])
+            at += p.hi - p.lo
 
 
 class TrainStream:
@@ -108,15 +120,14 @@ class TrainStream:
         position: samples consumed so far.
         end: position at which the run ends.
         micro_batch: most rows of one forward pass.
-        start_unit: begins to fetch a unit.
         replace: rows that can't be used are replaced and listed; else they raise.
         parallel: threads that call `collate`, for one that hands the work on to other processes.
     """
 
     def __init__(
         self,
-        order: Order,
-        read_unit: ReadUnit,
+        mixture: Mixture,
+        sources: Sequence[Units],
         collate: Collate,
         *,
         position: int,
@@ -125,16 +136,23 @@ class TrainStream:
         rank: int,
         num_ranks: int,
         micro_batch: int,
-        start_unit: StartUnit | None = None,
         replace: bool = False,
         parallel: int = 0,
     ) -> None:
-        self._order, self._collate = order, collate
+        self._mixture, self._collate = mixture, collate
+        self._seed = mixture.orders[0].seed
+        # Row ids of one source follow those of the one before.
+        sizes = [order.num_rows for order in mixture.orders]
+        self._first_ids = [sum(sizes[:source]) for source in range(len(sizes))]
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
         self._replace, self._parallel = replace, parallel
-        self._windows = Windows(order, read_unit, end, start_unit, replace)
-        self._windows.begin(order.segments(position, min(global_batch, end - position), rank, num_ranks))
+        self._windows = [
+            Windows(order, units, end if len(sources) == 1 else math.inf, replace, mixture.stretch(source))
+            for source, (order, units) in enumerate(zip(mixture.orders, sources, strict=True))
+        ]
+        for part in mixture.segments(position, min(global_batch, end - position), rank, num_ranks):
+            self._windows[part.source].begin(part.segment)
         self._made = self._steps()
         self._failure: BaseException | None = None
         self._prefetcher: Prefetcher[StepBatch] | None = None
@@ -170,7 +188,8 @@ class TrainStream:
         # Still at work where a read hangs; its thread is a daemon.
         with contextlib.suppress(ValueError):
             self._made.close()
-        self._windows.close()
+        for windows in self._windows:
+            windows.close()
 
     def _steps(self) -> Generator[StepBatch, None, None]:
         positions = iter(range(self._position, self._end, self._global_batch))
@@ -208,13 +227,13 @@ class TrainStream:
             # Strided, so that every micro-batch has rows of many lanes.
             some = range(i, len(mine.ids), num_micros)
             micros.append(self._micro(mine, some, replaced) if some else self._stand_in(first))
-        return StepBatch(at + size, size, micros, mine.epochs, mine.ids, self._sums(mine), tuple(replaced))
+        return StepBatch(at + size, size, micros, mine.epochs, mine.ids, _sums(mine), tuple(replaced))
 
     def _micro(self, mine: _Rows, some: range, replaced: list[Replaced]) -> Batch:
         rows = mine.rows
         if some.step > 1:
             rows = rows.take(pa.array(np.arange(some.start, some.stop, some.step)))
-        keys = Keys(self._order.seed, mine.epochs[some.start :: some.step], mine.ids[some.start :: some.step])
+        keys = Keys(self._seed, mine.epochs[some.start :: some.step], mine.ids[some.start :: some.step])
         # Counted by row: which others are bad must not change what stands in for this one.
         turns: Counter[int] = Counter()
         while True:
@@ -227,7 +246,7 @@ class TrainStream:
                     raise DataError(f"row {which} can't be used: {error.reason}; {HINT}") from None
                 rows = self._without(rows, mine, some, error.rows, turns)
                 new = [r for r in error.rows if turns[r] == 1]
-                replaced.extend(Replaced(int(keys.epochs[r]), int(keys.ids[r]), error.reason) for r in new)
+                replaced.extend(self._listed(mine, some[r], error.reason) for r in new)
 
     def _without(
         self, rows: pa.RecordBatch, mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]
@@ -235,7 +254,7 @@ class TrainStream:
         """The rows, with another of the same window in the place of each bad one."""
         parts, at = [], 0
         for row in sorted(set(bad)):
-            window, _ = mine.origin(some[row])
+            window = mine.origin(some[row]).window
             other = int(stand_ins(mine.ids[some[row] : some[row] + 1], window.rows.num_rows, turns[row])[0])
             parts += [rows.slice(at, row - at), window.rows.slice(other, 1)]
             at = row + 1
@@ -248,23 +267,27 @@ class TrainStream:
 
     def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
         rows, epochs, ids, windows = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
-        for s in self._order.segments(at, size, rank, num_ranks):
-            window = self._windows.get(s.epoch, s.lane, s.window)
+        for part in self._mixture.segments(at, size, rank, num_ranks):
+            s = part.segment
+            window = self._windows[part.source].get(s.epoch, s.lane, s.window)
             rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
-            ids.append(window.ids[s.lo : s.hi])
-            windows.append((window, s.lo, s.hi))
+            ids.append(window.ids[s.lo : s.hi] + self._first_ids[part.source])
+            windows.append(_Piece(window, s.lo, s.hi, part.source, s.epoch))
         joined = pa.concat_batches(rows) if rows else None
         return _Rows(joined, np.concatenate(epochs), np.concatenate(ids), windows)
 
-    def _sums(self, mine: _Rows) -> dict[int, BatchSum]:
-        sums: dict[int, BatchSum] = {}
-        at = 0
-        for window, lo, hi in mine.windows:
-            epoch = int(mine.epochs[at])
-            sums[epoch] = sums.get(epoch, BatchSum()) + BatchSum.between(window.sums, lo, hi)
-            at += hi - lo
-        return sums
+    def _listed(self, mine: _Rows, row: int, reason: str) -> Replaced:
+        piece = mine.origin(row)
+        return Replaced(piece.source, piece.epoch, int(mine.ids[row]), reason)
+
+
+def _sums(mine: _Rows) -> Sums:
+    sums: dict[tuple[int, int], BatchSum] = {}
+    for p in mine.pieces:
+        where = p.source, p.epoch
+        sums[where] = sums.get(where, BatchSum()) + BatchSum.between(p.window.sums, p.lo, p.hi)
+    return sums
 
 
 class EvalStream:
@@ -275,10 +298,10 @@ class EvalStream:
     """
 
     def __init__(
-        self, unit_rows: I64, read_unit: ReadUnit, collate: Collate, *, chunk_rows: int, rank: int, num_ranks: int
+        self, unit_rows: I64, units: Units, collate: Collate, *, chunk_rows: int, rank: int, num_ranks: int
     ) -> None:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(unit_rows)])
-        self._read_unit, self._collate, self._chunk_rows = read_unit, collate, chunk_rows
+        self._units, self._collate, self._chunk_rows = units, collate, chunk_rows
         self._rank, self._num_ranks = rank, num_ranks
         self._prefetcher = Prefetcher(self._chunks, _DEPTH)
 
@@ -307,6 +330,6 @@ class EvalStream:
         for unit in range(first, last):
             begin = int(self._starts[unit])
             start = max(lo - begin, 0)
-            tables.append(self._read_unit(unit).slice(start, hi - begin - start))
+            tables.append(self._units.read(unit).slice(start, hi - begin - start))
         ids = np.arange(lo, hi)
         return self._collate(one_batch(pa.concat_tables(tables)), Keys(0, np.zeros_like(ids), ids))

@@ -1,6 +1,6 @@
 """Windows of the sample order, loaded in the background and shuffled: what batches are cut from.
 
-windows = Windows(order, reader.read, end, start_unit=reader.start, replace=True)
+windows = Windows(order, reader, end, replace=True)
 window = windows.get(epoch, lane, number); window.rows[lo:hi], window.ids[lo:hi]
 
 A row that can't be read keeps its position: another row of the same window stands in its place, the same one
@@ -9,9 +9,10 @@ for any number of ranks, and `window.bad` says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +22,23 @@ from dltrain.data.identity import U64, hash_ids, running_sums
 from dltrain.data.order import Order, Segment, Span, key, mix64
 from dltrain.errors import DataError
 
-__all__ = ["ReadUnit", "StartUnit", "Window", "Windows", "one_batch", "stand_ins"]
+__all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
 
 I64 = npt.NDArray[np.int64]
-ReadUnit = Callable[[int], pa.Table]
-# A unit, and the position at which its first row is needed.
-StartUnit = Callable[[int, int], None]
 _THREADS = 4
 # The purpose of a derived key; the others are in `order` and `identity`.
 _STAND_IN = 11
 HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
+
+
+class Units(Protocol):
+    """Where units come from."""
+
+    def start(self, unit: int, needed: float) -> None:
+        """Begins to fetch a unit, without waiting; of several, what is needed at the lowest position first."""
+
+    def read(self, unit: int) -> pa.Table:
+        """The unit's rows, waited for."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,14 @@ class Windows:
     """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before.
 
     Args:
-        end: position at which the run ends.
-        start_unit: begins to fetch a unit, without waiting.
+        end: position of this order at which the run ends.
+        stretch: positions of the run for one of this order, where it is one of several.
         replace: rows of units that can't be decoded are replaced; else they raise.
     """
 
-    def __init__(
-        self, order: Order, read_unit: ReadUnit, end: int, start_unit: StartUnit | None = None, replace: bool = False
-    ) -> None:
-        self._order, self._read_unit, self._end = order, read_unit, end
-        self._start_unit, self._replace = start_unit, replace
+    def __init__(self, order: Order, units: Units, end: float, replace: bool = False, stretch: float = 1.0) -> None:
+        self._order, self._units, self._end = order, units, end
+        self._replace, self._stretch = replace, stretch
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
         self._held: dict[int, dict[tuple[int, int], Future[Window]]] = {}
         self._current: dict[int, tuple[int, int]] = {}
@@ -81,10 +87,9 @@ class Windows:
             self._start(held, following[0], lane, following[1])
         return future.result()
 
-    def begin(self, segments: Iterable[Segment]) -> None:
+    def begin(self, s: Segment) -> None:
         """Starts loading what the first step needs."""
-        for s in segments:
-            self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
+        self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -94,18 +99,17 @@ class Windows:
         future = held.get((epoch, window))
         if future is None:
             spans = self._order.window_spans(epoch, lane, window)
-            if self._start_unit:
-                needed = self._needed_at(epoch, lane, window)
-                for span in spans:
-                    self._start_unit(span.unit, needed)
+            needed = self._needed_at(epoch, lane, window)
+            for span in spans:
+                self._units.start(span.unit, needed)
             future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window, spans)
         return future
 
-    def _needed_at(self, epoch: int, lane: int, window: int) -> int:
+    def _needed_at(self, epoch: int, lane: int, window: int) -> float:
         """The position of the window's first item: all lanes' windows in the order they are needed."""
         order = self._order
         time = order.lane_begin(lane, epoch) + int(order.lane(epoch, lane).window_rows[window])
-        return time * order.num_lanes + lane
+        return (time * order.num_lanes + lane) * self._stretch
 
     def _next(self, epoch: int, lane: int, window: int) -> tuple[int, int] | None:
         order = self._order
@@ -132,7 +136,7 @@ class Windows:
         reasons: dict[int, str] = {}
         for i, span in enumerate(spans):
             try:
-                tables.append(self._read_unit(span.unit).slice(span.lo, span.hi - span.lo))
+                tables.append(self._units.read(span.unit).slice(span.lo, span.hi - span.lo))
             except DataError as error:
                 if not self._replace:
                     raise DataError(f"{error}; {HINT}") from None
@@ -164,7 +168,7 @@ class Windows:
         num_units = len(self._order.unit_rows)
         for step in range(1, num_units):
             try:
-                return self._read_unit((unit + step) % num_units)
+                return self._units.read((unit + step) % num_units)
             except DataError:
                 continue
         raise DataError(next(iter(reasons.values())))

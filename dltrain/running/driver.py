@@ -345,7 +345,7 @@ class Driver:
     def _check_replaced(self, report: StepReport) -> None:
         allowed, found = self._spec.data.bad_rows, self._record.num_replaced
         if report.replaced and found > allowed:
-            text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][2]}"
+            text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
             self._handle(Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", ""))
 
     def _commit(self, step: int) -> None:

@@ -128,8 +128,10 @@ class Record:
 
     def _quarantine(self, reports: Sequence[StepReport]) -> None:
         for report in reports:
-            for epoch, row, reason in report.replaced:
-                self._replaced.add({"step": report.step, "epoch": epoch, "row": row, "reason": reason})
+            for source, epoch, row, reason in report.replaced:
+                self._replaced.add(
+                    {"step": report.step, "source": source, "epoch": epoch, "row": row, "reason": reason}
+                )
 
     @property
     def num_replaced(self) -> int:

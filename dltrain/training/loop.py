@@ -23,6 +23,7 @@ from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.snapshot import load, take
 from dltrain.data.batch import Batch, Sum
 from dltrain.data.catalog import Catalog, check_columns
+from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order, key
 from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
@@ -108,8 +109,8 @@ class Loop:
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
-            order,
-            UnitReader(train, columns).read,
+            Mixture([order], [1]),
+            [UnitReader(train, columns)],
             self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,
@@ -205,8 +206,8 @@ class Loop:
             learning_rate=result.learning_rate,
             applied=result.applied,
             finite=result.finite,
-            replaced=tuple((r.epoch, r.id, r.reason) for r in batch.replaced),
-            sums={epoch: (s.count, s.first, s.second) for epoch, s in batch.sums.items()},
+            replaced=tuple((r.source, r.epoch, r.id, r.reason) for r in batch.replaced),
+            sums={where: (s.count, s.first, s.second) for where, s in batch.sums.items()},
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
@@ -242,7 +243,7 @@ class Loop:
         rows = min(_EVAL_ROWS, self._spec.batch.micro or _EVAL_ROWS)
         chunks = EvalStream(
             catalog.unit_rows,
-            self._eval_reader.read,
+            self._eval_reader,
             self._task.collate,
             chunk_rows=rows,
             rank=job.rank,

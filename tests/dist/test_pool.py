@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dltrain.data.batch import Batch, Keys
+from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order
 from dltrain.data.pool import CollatePool
 from dltrain.data.stream import StepBatch, TrainStream
@@ -54,14 +55,18 @@ def make_dying() -> Any:
     return dying
 
 
-def read_unit(unit: int) -> pa.Table:
-    return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
+class Units:
+    def start(self, unit: int, needed: float) -> None:
+        pass
+
+    def read(self, unit: int) -> pa.Table:
+        return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
 
 
 def steps(collate: Any, parallel: int) -> Iterator[StepBatch]:
     source = TrainStream(
-        Order(ROWS, 2, 1, 0),
-        read_unit,
+        Mixture([Order(ROWS, 2, 1, 0)], [1]),
+        [Units()],
         collate,
         position=0,
         end=200,

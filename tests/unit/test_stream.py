@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from dltrain.data.batch import Batch, Keys, Sum
 from dltrain.data.identity import BatchSum, sum_ids
+from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
@@ -22,11 +24,22 @@ ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
 STARTS = np.concatenate([[0], np.cumsum(ROWS)])
 NUM_ROWS = sum(ROWS)
 ORDER = Order(ROWS, num_lanes=4, window_units=2, seed=3)
+WHOLE = Mixture([ORDER], [1])
 
 
 def read_unit(unit: int) -> pa.Table:
     """Row id as the only column."""
     return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
+
+
+class Units:
+    """Units by a function, fetched only when they are read."""
+
+    def __init__(self, read: Callable[[int], pa.Table]) -> None:
+        self.read = read
+
+    def start(self, unit: int, needed: float) -> None:
+        pass
 
 
 def collate(rows: pa.RecordBatch, keys: Keys) -> Batch:
@@ -38,8 +51,8 @@ def stream(
     rank: int, num_ranks: int, micro: int = 5, position: int = 0, size: int = 20, epochs: int = 3
 ) -> TrainStream:
     return TrainStream(
-        ORDER,
-        read_unit,
+        WHOLE,
+        [Units(read_unit)],
         collate,
         position=position,
         end=epochs * NUM_ROWS,
@@ -118,7 +131,7 @@ def test_evaluation_covers_every_row_once(num_ranks: int) -> None:
     seen: list[int] = []
     lengths = set()
     for rank in range(num_ranks):
-        source = EvalStream(np.array(ROWS), read_unit, collate, chunk_rows=10, rank=rank, num_ranks=num_ranks)
+        source = EvalStream(np.array(ROWS), Units(read_unit), collate, chunk_rows=10, rank=rank, num_ranks=num_ranks)
         items = list(source)
         source.close()
         lengths.add(len(items))
@@ -140,7 +153,7 @@ def test_a_fault_in_collate_comes_out_of_next_at_once() -> None:
         raise KeyError("label")
 
     source = TrainStream(
-        ORDER, read_unit, bad, position=0, end=NUM_ROWS, global_batch=8, rank=0, num_ranks=1, micro_batch=8
+        WHOLE, [Units(read_unit)], bad, position=0, end=NUM_ROWS, global_batch=8, rank=0, num_ranks=1, micro_batch=8
     )
     for _ in range(2):
         with pytest.raises(KeyError, match="label"):
@@ -198,8 +211,8 @@ def replaced_ids(num_ranks: int, read: Any, make: Any = collate) -> tuple[list[l
     listed = set()
     for rank in range(num_ranks):
         source = TrainStream(
-            ORDER,
-            read,
+            WHOLE,
+            [Units(read)],
             make,
             position=0,
             end=2 * NUM_ROWS,
@@ -256,8 +269,45 @@ def test_without_a_budget_a_bad_row_is_an_error_that_says_what_to_set() -> None:
         raise BadRowsError([1], "not an image")
 
     source = TrainStream(
-        ORDER, read_unit, refuse, position=0, end=9, global_batch=9, rank=0, num_ranks=1, micro_batch=9
+        WHOLE, [Units(read_unit)], refuse, position=0, end=9, global_batch=9, rank=0, num_ranks=1, micro_batch=9
     )
     with pytest.raises(DataError, match=r"not an image; .*data\.bad_rows"):
         next(source)
     source.close()
+
+
+# ---- several sources ----
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_sources_are_mixed_with_ids_of_their_own(num_ranks: int) -> None:
+    other = [12, 5]
+
+    def read_other(unit: int) -> pa.Table:
+        start = NUM_ROWS + sum(other[:unit])
+        return pa.table({"id": np.arange(start, start + other[unit])})
+
+    mixture = Mixture([ORDER, Order(other, 4, 1, 9)], [3, 1])
+    sums: dict[tuple[int, int], BatchSum] = {}
+    seen: Counter[int] = Counter()
+    for rank in range(num_ranks):
+        source = TrainStream(
+            mixture,
+            [Units(read_unit), Units(read_other)],
+            collate,
+            position=0,
+            end=160,
+            global_batch=16,
+            rank=rank,
+            num_ranks=num_ranks,
+            micro_batch=3,
+        )
+        for step in take(source):
+            seen.update(i for m in step.micros if m.count for i in m.id.tolist())
+            for where, part in step.sums.items():
+                sums[where] = sums.get(where, BatchSum()) + part
+    assert sum(seen.values()) == sum(s.count for s in sums.values()) == 160
+    assert sum(n for i, n in seen.items() if i < NUM_ROWS) == pytest.approx(120, abs=4)
+    first = np.arange(NUM_ROWS)
+    assert sums[0, 0] == sum_ids(ORDER.seed, np.zeros(NUM_ROWS, np.int64), first)
+    assert sums[1, 1] == sum_ids(9, np.ones(17, np.int64), np.arange(17))
