@@ -20,7 +20,7 @@ from dltrain.store import explain, filesystem
 
 __all__ = ["UnitReader"]
 
-_KEEP_BYTES = 256 * 1024 * 1024
+_KEEP_BYTES = 64 * 1024 * 1024
 
 
 class UnitReader:

@@ -27,10 +27,17 @@ from dltrain.observing.reports import StepReport
 from dltrain.running.lifecycle import Event, Exited
 from dltrain.training.plan import RankJob
 
-__all__ = ["Agent", "LogLine", "SlotInfo"]
+__all__ = ["MEMORY", "Agent", "LogLine", "SlotInfo"]
 
 _TAIL_LINES = 30
 _DRAIN_SECONDS = 0.1
+# Memory that was freed is used again instead of being given back: a page's first touch costs more than a copy of
+# what is in it, and a step frees as much as it takes.
+MEMORY = {
+    "ARROW_DEFAULTMEMORY_POOL": "jemalloc",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(1024 * 1024 * 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,7 @@ class _Worker:
 
     def _popen(self, theirs: Connection, device: str, num_threads: int) -> subprocess.Popen[str]:
         environment = {
+            **MEMORY,
             **os.environ,
             "DS_ACCELERATOR": "cuda" if device == "cuda" else "cpu",
             "OMP_NUM_THREADS": str(num_threads),

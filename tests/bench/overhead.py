@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dltrain import Batch, Keys, Task  # noqa: E402
+from dltrain.running.agent import MEMORY  # noqa: E402
 from dltrain.training.cpu_op import use_own_cache  # noqa: E402
 
 
@@ -110,12 +112,14 @@ def bare_rank(steps: int) -> None:
     os._exit(0)
 
 
-def run_bare(steps: int) -> float:
+def run_bare(steps: int, settings: Mapping[str, str] | None = None) -> float:
+    """Steps per second of the bare loop; `settings` are added to its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
         **os.environ,
+        **(settings or {}),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(RANKS),
@@ -183,20 +187,23 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
     import ray
 
     context = ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=RANKS)
-    bare, ours, first = [], [], []
+    bare, same, ours, first = [], [], [], []
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         write_data(directory)
         for _ in range(rounds):
             bare.append(run_bare(steps))
+            same.append(run_bare(steps, MEMORY))
             rate, seconds = run_dltrain(steps, directory, context.address_info["gcs_address"])
             ours.append(rate)
             first.append(seconds)
     ray.shutdown()
     return {
         "ratio": round(statistics.median(o / b for o, b in zip(ours, bare, strict=True)), 4),
+        "ratio_with_our_malloc_settings": round(statistics.median(o / b for o, b in zip(ours, same, strict=True)), 4),
         "first_step_seconds": round(statistics.median(first), 2),
         "bare_steps_per_second": [round(v, 2) for v in bare],
+        "bare_with_our_malloc_settings": [round(v, 2) for v in same],
         "dltrain_steps_per_second": [round(v, 2) for v in ours],
         "first_step_seconds_each": [round(v, 2) for v in first],
         "step_milliseconds": round(1000 / statistics.median(bare), 1),
@@ -233,7 +240,11 @@ def main() -> None:
     found = measure(options.steps, options.rounds)
     print(f"{found['cpu']}, {found['cores']} cores; torch {found['torch']}, deepspeed {found['deepspeed']}")
     print(f"bare DeepSpeed: {found['bare_steps_per_second']} steps/s ({found['step_milliseconds']} ms a step)")
-    print(f"dltrain:        {found['dltrain_steps_per_second']} steps/s, ratio {found['ratio']}")
+    print(
+        f"  the same, with the malloc settings of dltrain's workers: {found['bare_with_our_malloc_settings']} steps/s"
+    )
+    print(f"dltrain:        {found['dltrain_steps_per_second']} steps/s, ratio {found['ratio']}, ", end="")
+    print(f"{found['ratio_with_our_malloc_settings']} to the loop with the same malloc settings")
     print(f"launch to first step, Ray up: {found['first_step_seconds_each']} s")
     if options.json:
         print(json.dumps(found))
