@@ -125,6 +125,22 @@ def stop(
         typer.echo(f"{run}: {state['state']} at step {state.get('step', 0)}")
 
 
+@app.command()
+def audit(run: Run, json: Json = False) -> None:
+    """Prove that the checkpointed steps were trained on every row exactly once an epoch; exit 1 when they were not."""
+    from dltrain.running.control import audit_run
+
+    found = audit_run(run)
+    if json:
+        _print_json(found)
+    else:
+        for line in found["epochs"]:
+            typer.echo(line["text"])
+        typer.echo(f"checkpoint of step {found['step']}: {'good' if found['ok'] else 'NOT the rows it should be'}")
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
 @checkpoint_app.command(name="list")
 def checkpoint_list(run: Run, json: Json = False) -> None:
     """The checkpoints of a run, oldest first."""

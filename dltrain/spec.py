@@ -269,7 +269,7 @@ class JobSpec(_Model):
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed, as field -> value."""
         # data.train's own sub-fields are listed, so that the message can name the one that changed.
-        data = self.data.model_dump(mode="json", exclude={"end"})
+        data = self.data.model_dump(mode="json", exclude={"end", "bad_rows", "collate_workers"})
         return {"task": self.task, "args": self.args, **{f"data.{k}": v for k, v in data.items()}}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dltrain import Batch, Keys, Sum, Task
+from dltrain import BadRowsError, Batch, Keys, Sum, Task
 
 WIDTH = 8
 
@@ -23,12 +23,16 @@ class Tiny(Task):
     Args:
         seconds: slept in each loss, so that there is time to interfere.
         bad_row: the row id that raises in loss; nan_row: the one that makes the loss nan.
+        refused_y: collate refuses rows with a larger y.
     """
 
     columns = ("x", "y")
 
-    def __init__(self, seconds: float = 0.0, bad_row: int = -1, nan_row: int = -1, dropout: float = 0.0) -> None:
+    def __init__(
+        self, seconds: float = 0.0, bad_row: int = -1, nan_row: int = -1, dropout: float = 0.0, refused_y: float = 1e9
+    ) -> None:
         self.seconds, self.bad_row, self.nan_row, self.dropout = seconds, bad_row, nan_row, dropout
+        self.refused_y = refused_y
 
     def build(self) -> nn.Module:
         print("hello from the task")
@@ -37,6 +41,9 @@ class Tiny(Task):
     def collate(self, rows: pa.RecordBatch, keys: Keys) -> Batch:
         x = np.array(rows["x"].flatten().to_numpy().reshape(-1, WIDTH), np.float32)
         y = np.array(rows["y"].to_numpy(), np.float32)
+        refused = np.flatnonzero(y > self.refused_y).tolist()
+        if refused:
+            raise BadRowsError(refused, "y is out of range")
         return Batch(len(y), x=torch.from_numpy(x), y=torch.from_numpy(y)[:, None], ids=keys.ids)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:

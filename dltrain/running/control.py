@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 from dltrain.checkpoint.commit import Checkpoint, find, list_checkpoints, verify
+from dltrain.data.audit import audit
 from dltrain.errors import UserError
 from dltrain.running.rundir import find_run
+from dltrain.running.trail import Trail
 
-__all__ = ["checkpoint_table", "export_checkpoint", "stop_run", "verify_checkpoints"]
+__all__ = ["audit_run", "checkpoint_table", "export_checkpoint", "stop_run", "verify_checkpoints"]
 
 _OVER = ("finished", "stopped", "failed", "lost")
 _POLL_SECONDS = 0.2
@@ -61,6 +64,24 @@ def verify_checkpoints(name: str) -> list[dict[str, Any]]:
     """Every checkpoint with what is wrong with it."""
     store = find_run(name).checkpoints
     return [{"step": c.step, "path": c.path, "problems": verify(store, c)} for c in list_checkpoints(store)]
+
+
+def audit_run(name: str) -> dict[str, Any]:
+    """Compares the rows that a run's newest checkpoint was trained on with those that it should have been.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of a version that kept no account of its rows.
+    """
+    run = find_run(name)
+    checkpoint = find(run.checkpoints)
+    plan, spec = run.load_plan(), run.load_spec()
+    saved = checkpoint.manifest.get("audit")
+    if plan is None or saved is None:
+        raise UserError(f"the checkpoint of step {checkpoint.step} has no account of the rows it was trained on")
+    trail = Trail.of(saved)
+    lines = audit(plan.mixture(spec), int(checkpoint.manifest["position"]), trail.sums, trail.replaced)
+    epochs = [{**dataclasses.asdict(line), "ok": line.ok, "text": str(line)} for line in lines]
+    return {"run": name, "step": checkpoint.step, "epochs": epochs, "ok": all(line.ok for line in lines)}
 
 
 def export_checkpoint(name: str, target: str, which: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import yaml
 
 from dltrain.data.catalog import Catalog, read_catalog
 from dltrain.data.identity import plan_id
-from dltrain.data.order import choose_lanes
+from dltrain.data.mixture import Mixture
+from dltrain.data.order import Order, choose_lanes
 from dltrain.errors import RunChangedError, UserError
 from dltrain.observing.journal import is_local, read_json, write_json
 from dltrain.spec import JobSpec
@@ -47,6 +48,11 @@ class Plan:
         lanes, window = choose_lanes(train.num_units, spec.batch.global_)
         lanes, window = spec.data.lanes or lanes, spec.data.window or window
         return cls(train, evaluation, lanes, window, plan_id([train.digest], lanes, window, spec.data.seed))
+
+    def mixture(self, spec: JobSpec) -> Mixture:
+        """The order of the training samples."""
+        rows = self.train.unit_rows.tolist()
+        return Mixture([Order(rows, self.num_lanes, self.window_units, spec.data.seed)], [1])
 
 
 class RunDir:
@@ -80,7 +86,7 @@ class RunDir:
             RunChangedError: task, args or data differ: going on would train something else under the old name.
         """
         try:
-            before = JobSpec.model_validate(yaml.safe_load(self.store.read("spec.yaml")))
+            before = self.load_spec()
         except FileNotFoundError:
             return []
         changed = [
@@ -116,6 +122,10 @@ class RunDir:
         )
 
     # ---- what it stores ----
+
+    def load_spec(self) -> JobSpec:
+        """spec.yaml: as the run was last started."""
+        return JobSpec.model_validate(yaml.safe_load(self.store.read("spec.yaml")))
 
     def save_spec(self, spec: JobSpec) -> None:
         """spec.yaml."""

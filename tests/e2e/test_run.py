@@ -31,19 +31,6 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def run_in(tmp_path: Path, ray_address: str) -> Any:
-    """Runs a spec on the session's Ray."""
-
-    def go(*overrides: str, **changes: Any) -> harness.Done:
-        path = write_spec(tmp_path, make_spec(tmp_path, **changes))
-        return dltrain("run", str(path), *overrides, "--json", "--address", ray_address)
-
-    write_data(tmp_path / "train")
-    write_data(tmp_path / "test", rows=90, seed=1)
-    return go
-
-
 def tiny(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "tiny"
 
