@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
-import signal
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -172,8 +172,16 @@ def export(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: errors of ours become a message and their exit code, without a traceback."""
-    # `list` and friends into a closed pipe must not end in a traceback.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        _main(arguments)
+    except BrokenPipeError:
+        # `dltrain list | head`: nobody reads on. Not by SIGPIPE's default action, which would also end a run whose
+        # metrics somebody stopped reading.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     json = "--json" in (arguments if arguments is not None else sys.argv)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="dltrain")
@@ -182,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        sys.stdout.flush()
 
 
 def _print_error(error: DltrainError, json: bool) -> None:

@@ -4,6 +4,7 @@
       UserError                 the user's input is wrong: shown without a traceback, exit code 2
         SpecError               the spec: all faults at once, one line each
         DataError               the dataset: missing, empty, unreadable, wrong schema
+          BadRowsError            rows of a batch that a task's collate can't use
         StoreError              object storage: unreachable, credentials refused, bucket missing
         RunChangedError         resuming a run whose task or data is not the one it was started with
         CapacityError           the cluster is smaller than the run needs and did not grow in time
@@ -49,6 +50,22 @@ class SpecError(UserError):
 
 class DataError(UserError):
     """The dataset is missing, empty, unreadable or of the wrong schema."""
+
+
+class BadRowsError(DataError):
+    """Rows that a task's `collate` can't use: raise it there, and with `data.bad_rows` others take their place.
+
+    Args:
+        rows: their indices in the batch that `collate` was given.
+        reason: what is wrong with them.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str) -> None:
+        self.rows, self.reason = tuple(rows), reason
+        super().__init__(f"{len(self.rows)} row(s) of a batch can't be used: {reason}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.rows, self.reason)
 
 
 class StoreError(UserError):

@@ -62,6 +62,10 @@ class DataSpec(_Model):
     """Parquet to evaluate on; without it there is no evaluation."""
     columns: tuple[str, ...] | None = None
     """Columns to read; default: those the task names, else all."""
+    collate_workers: int = Field(default=0, ge=0, le=256)
+    """Processes per worker that run the task's `collate`; 0: in the worker's own threads."""
+    bad_rows: int = Field(default=0, ge=0)
+    """How many rows that can't be read or decoded may be trained as another row, listed in quarantine.jsonl."""
     end: Literal["wrap", "drop"] = "wrap"
     """The run's last batch: `wrap` holds what is left, `drop` leaves it out."""
     lanes: int | None = Field(default=None, ge=1, le=65536)

@@ -5,6 +5,7 @@ sum((sum_ids(seed, epochs, ids) for each rank), BatchSum()).batch_id
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from dltrain.data.order import key, mix64
 
-__all__ = ["U64", "BatchSum", "hash_ids", "running_sums", "sum_ids"]
+__all__ = ["U64", "BatchSum", "hash_ids", "plan_id", "running_sums", "sum_ids"]
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -47,6 +48,11 @@ class BatchSum:
     def batch_id(self) -> str:
         """128 bits as 32 hex digits."""
         return f"{self.first:016x}{self.second:016x}"
+
+
+def plan_id(digests: Sequence[str], num_lanes: int, window_units: int, seed: int) -> str:
+    """Names an order of samples: the data's digests (hex), and all that the order is made from."""
+    return f"{key(1, *(int(digest, 16) for digest in digests), num_lanes, window_units, seed):016x}"
 
 
 def hash_ids(seed: int, epoch: int, ids: I64) -> U64:

@@ -34,6 +34,7 @@ __all__ = [
     "choose_lanes",
     "hash_perm",
     "key",
+    "lane_times",
     "mix64",
     "num_steps",
     "read_amplification",
@@ -166,6 +167,36 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def lane_times(
+    num_lanes: int, consumed: int, size: int, rank: int = 0, num_ranks: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """What `rank` takes of positions [consumed, consumed + size), a global batch: lane, lane times [start, stop)."""
+    lo, hi = rank * size // num_ranks, (rank + 1) * size // num_ranks
+    if lo >= hi:
+        return
+    if size % num_lanes == 0:
+        yield from _even_lane_times(num_lanes, consumed, size // num_lanes, lo, hi)
+        return
+    lanes = np.arange(num_lanes, dtype=np.int64)
+    # first, after: (V,), lane times that the batch covers
+    first = np.maximum(-((lanes - consumed) // num_lanes), 0)
+    after = np.maximum(-((lanes - consumed - size) // num_lanes), 0)
+    items = np.concatenate([np.zeros(1, np.int64), np.cumsum(after - first)])
+    begin = int(np.searchsorted(items, lo, side="right")) - 1
+    for lane in range(begin, num_lanes):
+        if items[lane] >= hi:
+            break
+        start = int(first[lane]) + max(0, lo - int(items[lane]))
+        yield lane, start, int(first[lane]) + min(int(after[lane] - first[lane]), hi - int(items[lane]))
+
+
+def _even_lane_times(num_lanes: int, consumed: int, per_lane: int, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+    """The same where the batch takes `per_lane` items from every lane: no need to count through the lanes."""
+    for lane in range(lo // per_lane, -(-hi // per_lane)):
+        first = max(0, -((lane - consumed) // num_lanes))
+        yield lane, first + max(0, lo - lane * per_lane), first + min(per_lane, hi - lane * per_lane)
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of one dataset.
@@ -285,37 +316,10 @@ class Order:
         The canonical order of a batch is lane-major; rank r takes its items [r*G//W, (r+1)*G//W), so
         slices differ by at most one and joined over ranks give the batch for any number of ranks.
         """
-        lo, hi = rank * size // num_ranks, (rank + 1) * size // num_ranks
-        if lo >= hi:
-            return []
-        if size % self.num_lanes == 0:
-            return self._even_segments(consumed, size // self.num_lanes, lo, hi)
-        lanes = np.arange(self.num_lanes, dtype=np.int64)
-        # first, after: (V,), lane times that the batch covers
-        first = -((lanes - consumed) // self.num_lanes)
-        after = -((lanes - consumed - size) // self.num_lanes)
-        first, after = np.maximum(first, 0), np.maximum(after, 0)
-        items = np.concatenate([np.zeros(1, np.int64), np.cumsum(after - first)])
-        out: list[Segment] = []
-        begin = int(np.searchsorted(items, lo, side="right")) - 1
-        for lane in range(begin, self.num_lanes):
-            if items[lane] >= hi:
-                break
-            start = int(first[lane]) + max(0, lo - int(items[lane]))
-            stop = int(first[lane]) + min(int(after[lane] - first[lane]), hi - int(items[lane]))
-            out.extend(self._lane_segments(lane, start, stop))
-        return out
+        times = lane_times(self.num_lanes, consumed, size, rank, num_ranks)
+        return [s for lane, start, stop in times for s in self.lane_segments(lane, start, stop)]
 
-    def _even_segments(self, consumed: int, per_lane: int, lo: int, hi: int) -> list[Segment]:
-        """The same where the batch takes `per_lane` items from every lane: no need to count through the lanes."""
-        out: list[Segment] = []
-        for lane in range(lo // per_lane, -(-hi // per_lane)):
-            first = max(0, -((lane - consumed) // self.num_lanes))
-            start = first + max(0, lo - lane * per_lane)
-            out.extend(self._lane_segments(lane, start, first + min(per_lane, hi - lane * per_lane)))
-        return out
-
-    def _lane_segments(self, lane: int, start: int, stop: int) -> Iterator[Segment]:
+    def lane_segments(self, lane: int, start: int, stop: int) -> Iterator[Segment]:
         """Lane times [start, stop) of a lane, cut at epochs and windows."""
         while start < stop:
             epoch = (lane + start * self.num_lanes) // self.num_rows

@@ -36,6 +36,9 @@ class UnitReader:
         self._footers: dict[str, pq.FileMetaData] = {}
         self.bytes_read = 0
 
+    def start(self, unit: int, needed: float) -> None:
+        """Begins to fetch a unit."""
+
     def read(self, unit: int) -> pa.Table:
         """The unit's rows.
 

@@ -1,8 +1,8 @@
 """Streams: the batches of one rank, in order, made in background threads.
 
-    stream = TrainStream(order, reader.read, task.collate, position=0, end=N * epochs, global_batch=256,
+    stream = TrainStream(Mixture([order], [1]), [reader], task.collate, position=0, end=N * epochs, global_batch=256,
                          rank=0, num_ranks=2, micro_batch=64)
-    for step in stream: step.micros, step.batch_sum, ...
+    for step in stream: step.micros, step.sums, ...
     for chunk in eval_chunks(...): ...
 
 The only state is the position: samples consumed by committed steps.
@@ -10,32 +10,49 @@ The only state is the position: samples consumed by committed steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.identity import U64, BatchSum, hash_ids, running_sums
-from dltrain.data.order import Order, Segment
+from dltrain.data.identity import BatchSum
+from dltrain.data.mixture import Mixture
 from dltrain.data.prefetch import Prefetcher
+from dltrain.data.windows import HINT, Units, Window, Windows, one_batch, stand_ins
+from dltrain.errors import BadRowsError, DataError, DltrainError
 
-__all__ = ["EvalStream", "StepBatch", "TrainStream", "micro_batches"]
+__all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
 
 I64 = npt.NDArray[np.int64]
 Collate = Callable[[pa.RecordBatch, Keys], Batch]
-ReadUnit = Callable[[int], pa.Table]
+Sums = Mapping[tuple[int, int], BatchSum]
 _DEPTH = 3
-_THREADS = 4
+_TURNS = 16
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
     """Micro-batches of a step of `size` rows: the same on every rank, enough for the largest slice."""
     largest_slice = -(-size // num_ranks)
     return max(1, -(-largest_slice // micro_batch))
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A row that could not be used: another one of its window was trained in its place."""
+
+    source: int
+    epoch: int
+    id: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,8 @@ class StepBatch:
         position: samples consumed once this step is committed.
         size: rows of the global batch.
         micros: this rank's micro-batches; one that has no row of its own is a stand-in of count 0.
-        epochs, ids: of this rank's rows, in canonical order.
+        epochs, ids: of this rank's rows, in canonical order; sums: of them, by source and epoch.
+        replaced: those of them that another row stands in for.
     """
 
     position: int
@@ -54,74 +72,45 @@ class StepBatch:
     micros: list[Batch]
     epochs: I64
     ids: I64
-    batch_sum: BatchSum
+    sums: Sums
+    replaced: tuple[Replaced, ...] = ()
+
+
+class _Piece(NamedTuple):
+    """Items [lo, hi) of a window."""
+
+    window: Window
+    lo: int
+    hi: int
+    source: int
+    epoch: int
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A window's rows in shuffled order, and running sums of their hashes: what a step needs is a slice.
+class _Rows:
+    """A rank's rows of a batch, and where they came from."""
 
-    sums: (2, rows + 1).
-    """
-
-    rows: pa.RecordBatch
+    rows: Any
+    epochs: I64
     ids: I64
-    sums: U64
+    pieces: list[_Piece]
 
+    def origin(self, row: int) -> _Piece:
+        """Where a row came from."""
+        for piece in self.pieces:
+            if row < piece.hi - piece.lo:
+                return piece
+            row -= piece.hi - piece.lo
+        raise IndexError(row)
 
-class _Windows:
-    """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before."""
-
-    def __init__(self, order: Order, read_unit: ReadUnit, end: int) -> None:
-        self._order, self._read_unit, self._end = order, read_unit, end
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
-        self._held: dict[int, dict[tuple[int, int], Future[_Window]]] = {}
-        self._current: dict[int, tuple[int, int]] = {}
-
-    def get(self, epoch: int, lane: int, window: int) -> _Window:
-        held = self._held.setdefault(lane, {})
-        future = held.get((epoch, window))
-        if future is not None and (epoch, window) == self._current.get(lane):
-            return future.result()
-        self._current[lane] = (epoch, window)
-        for old in [k for k in held if k < (epoch, window)]:
-            held.pop(old).cancel()
-        future = self._start(held, epoch, lane, window)
-        following = self._next(epoch, lane, window)
-        if following:
-            self._start(held, following[0], lane, following[1])
-        return future.result()
-
-    def begin(self, segments: Iterable[Segment]) -> None:
-        """Starts loading what the first step needs."""
-        for s in segments:
-            self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
-
-    def _start(
-        self, held: dict[tuple[int, int], Future[_Window]], epoch: int, lane: int, window: int
-    ) -> Future[_Window]:
-        future = held.get((epoch, window))
-        if future is None:
-            future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window)
-        return future
-
-    def _next(self, epoch: int, lane: int, window: int) -> tuple[int, int] | None:
-        order = self._order
-        if window + 2 < len(order.lane(epoch, lane).window_spans):
-            return epoch, window + 1
-        following = epoch + 1
-        begins = order.lane_begin(lane, following) * order.num_lanes + lane
-        return (following, 0) if begins < self._end and order.lane_length(lane, following) else None
-
-    def _load(self, epoch: int, lane: int, window: int) -> _Window:
-        spans = self._order.window_spans(epoch, lane, window)
-        tables = [self._read_unit(s.unit).slice(s.lo, s.hi - s.lo) for s in spans]
-        perm, ids = self._order.window_perm(epoch, lane, window), self._order.window_ids(epoch, lane, window)
-        rows = one_batch(pa.concat_tables(tables)).take(pa.array(perm))
-        return _Window(rows, ids, running_sums(hash_ids(self._order.seed, epoch, ids)))
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def replaced(self) -> Iterator[Replaced]:
+        """Those that are not the row they should be."""
+        at = 0
+        for p in self.pieces:
+            for item in range(p.lo, p.hi) if p.window.bad else ():
+                if item in p.window.bad:
+                    yield Replaced(p.source, p.epoch, int(self.ids[at + item - p.lo]), p.window.bad[item])
+            at += p.hi - p.lo
 
 
 class TrainStream:
@@ -131,12 +120,14 @@ class TrainStream:
         position: samples consumed so far.
         end: position at which the run ends.
         micro_batch: most rows of one forward pass.
+        replace: rows that can't be used are replaced and listed; else they raise.
+        parallel: threads that call `collate`, for one that hands the work on to other processes.
     """
 
     def __init__(
         self,
-        order: Order,
-        read_unit: ReadUnit,
+        mixture: Mixture,
+        sources: Sequence[Units],
         collate: Collate,
         *,
         position: int,
@@ -145,12 +136,23 @@ class TrainStream:
         rank: int,
         num_ranks: int,
         micro_batch: int,
+        replace: bool = False,
+        parallel: int = 0,
     ) -> None:
-        self._order, self._collate = order, collate
+        self._mixture, self._collate = mixture, collate
+        self._seed = mixture.orders[0].seed
+        # Row ids of one source follow those of the one before.
+        sizes = [order.num_rows for order in mixture.orders]
+        self._first_ids = [sum(sizes[:source]) for source in range(len(sizes))]
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
-        self._windows = _Windows(order, read_unit, end)
-        self._windows.begin(order.segments(position, min(global_batch, end - position), rank, num_ranks))
+        self._replace, self._parallel = replace, parallel
+        self._windows = [
+            Windows(order, units, end if len(sources) == 1 else math.inf, replace, mixture.stretch(source))
+            for source, (order, units) in enumerate(zip(mixture.orders, sources, strict=True))
+        ]
+        for part in mixture.segments(position, min(global_batch, end - position), rank, num_ranks):
+            self._windows[part.source].begin(part.segment)
         self._made = self._steps()
         self._failure: BaseException | None = None
         self._prefetcher: Prefetcher[StepBatch] | None = None
@@ -183,44 +185,109 @@ class TrainStream:
         """Stops the threads."""
         if self._prefetcher:
             self._prefetcher.close()
-        self._windows.close()
+        # Still at work where a read hangs; its thread is a daemon.
+        with contextlib.suppress(ValueError):
+            self._made.close()
+        for windows in self._windows:
+            windows.close()
 
-    def _steps(self) -> Iterator[StepBatch]:
-        for at in range(self._position, self._end, self._global_batch):
-            yield self._step(at, min(self._global_batch, self._end - at))
+    def _steps(self) -> Generator[StepBatch, None, None]:
+        positions = iter(range(self._position, self._end, self._global_batch))
+        if not self._parallel:
+            yield from (self._step(*self._take(at)) for at in positions)
+            return
+        with ThreadPoolExecutor(self._parallel, thread_name_prefix="dltrain-collate") as pool:
+            ahead = deque(self._submit(pool, at) for at in islice(positions, self._parallel + 1))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(self._submit(pool, at) for at in islice(positions, 1))
 
-    def _step(self, at: int, size: int) -> StepBatch:
-        rows, epochs, ids, batch_sum = self._rows(at, size, self._rank, self._num_ranks)
+    def _submit(self, pool: ThreadPoolExecutor, at: int) -> Future[StepBatch]:
+        try:
+            # Windows are walked through in order, by one thread.
+            return pool.submit(self._step, *self._take(at))
+        except DltrainError as error:
+            # It comes out in its turn.
+            failed: Future[StepBatch] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _take(self, at: int) -> tuple[int, int, _Rows, _Rows | None]:
+        """A step's rows, and where the rank has fewer rows than micro-batches the step's first row."""
+        size = min(self._global_batch, self._end - at)
+        mine = self._rows(at, size, self._rank, self._num_ranks)
+        short = len(mine.ids) < micro_batches(size, self._num_ranks, self._micro_batch)
+        return at, size, mine, self._rows(at, size, 0, size) if short else None
+
+    def _step(self, at: int, size: int, mine: _Rows, first: _Rows | None) -> StepBatch:
         num_micros = micro_batches(size, self._num_ranks, self._micro_batch)
+        replaced = list(mine.replaced())
         micros = []
         for i in range(num_micros):
             # Strided, so that every micro-batch has rows of many lanes.
-            mine = slice(i, None, num_micros)
-            micros.append(
-                self._micro(rows, epochs[mine], ids[mine], mine) if i < len(ids) else self._stand_in(at, size)
-            )
-        return StepBatch(at + size, size, micros, epochs, ids, batch_sum)
+            some = range(i, len(mine.ids), num_micros)
+            micros.append(self._micro(mine, some, replaced) if some else self._stand_in(first))
+        return StepBatch(at + size, size, micros, mine.epochs, mine.ids, _sums(mine), tuple(replaced))
 
-    def _micro(self, rows: pa.RecordBatch, epochs: I64, ids: I64, mine: slice) -> Batch:
-        if mine.step > 1:
-            rows = rows.take(pa.array(np.arange(rows.num_rows)[mine]))
-        return self._collate(rows, Keys(self._order.seed, epochs, ids))
+    def _micro(self, mine: _Rows, some: range, replaced: list[Replaced]) -> Batch:
+        rows = mine.rows
+        if some.step > 1:
+            rows = rows.take(pa.array(np.arange(some.start, some.stop, some.step)))
+        keys = Keys(self._seed, mine.epochs[some.start :: some.step], mine.ids[some.start :: some.step])
+        # Counted by row: which others are bad must not change what stands in for this one.
+        turns: Counter[int] = Counter()
+        while True:
+            try:
+                return self._collate(rows, keys)
+            except BadRowsError as error:
+                turns.update(error.rows)
+                if not self._replace or max(turns.values()) > _TURNS:
+                    which = ", ".join(str(int(keys.ids[r])) for r in error.rows)
+                    raise DataError(f"row {which} can't be used: {error.reason}; {HINT}") from None
+                rows = self._without(rows, mine, some, error.rows, turns)
+                new = [r for r in error.rows if turns[r] == 1]
+                replaced.extend(self._listed(mine, some[r], error.reason) for r in new)
 
-    def _stand_in(self, at: int, size: int) -> Batch:
+    def _without(
+        self, rows: pa.RecordBatch, mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]
+    ) -> pa.RecordBatch:
+        """The rows, with another of the same window in the place of each bad one."""
+        parts, at = [], 0
+        for row in sorted(set(bad)):
+            window = mine.origin(some[row]).window
+            other = int(stand_ins(mine.ids[some[row] : some[row] + 1], window.rows.num_rows, turns[row])[0])
+            parts += [rows.slice(at, row - at), window.rows.slice(other, 1)]
+            at = row + 1
+        return pa.concat_batches([*parts, rows.slice(at)])
+
+    def _stand_in(self, first: _Rows | None) -> Batch:
         """The batch's first row, weighing nothing: a rank without a row still enters every collective."""
-        rows, epochs, ids, _ = self._rows(at, size, 0, size)
-        return Batch(0, **self._micro(rows, epochs, ids, slice(0, None, 1)).tensors)
+        assert first is not None
+        return Batch(0, **self._micro(first, range(1), []).tensors)
 
-    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> tuple[pa.RecordBatch, I64, I64, BatchSum]:
-        rows, epochs, ids = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        batch_sum = BatchSum()
-        for s in self._order.segments(at, size, rank, num_ranks):
-            window = self._windows.get(s.epoch, s.lane, s.window)
+    def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
+        rows, epochs, ids, windows = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+        for part in self._mixture.segments(at, size, rank, num_ranks):
+            s = part.segment
+            window = self._windows[part.source].get(s.epoch, s.lane, s.window)
             rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
-            ids.append(window.ids[s.lo : s.hi])
-            batch_sum += BatchSum.between(window.sums, s.lo, s.hi)
-        return pa.concat_batches(rows) if rows else None, np.concatenate(epochs), np.concatenate(ids), batch_sum
+            ids.append(window.ids[s.lo : s.hi] + self._first_ids[part.source])
+            windows.append(_Piece(window, s.lo, s.hi, part.source, s.epoch))
+        joined = pa.concat_batches(rows) if rows else None
+        return _Rows(joined, np.concatenate(epochs), np.concatenate(ids), windows)
+
+    def _listed(self, mine: _Rows, row: int, reason: str) -> Replaced:
+        piece = mine.origin(row)
+        return Replaced(piece.source, piece.epoch, int(mine.ids[row]), reason)
+
+
+def _sums(mine: _Rows) -> Sums:
+    sums: dict[tuple[int, int], BatchSum] = {}
+    for p in mine.pieces:
+        where = p.source, p.epoch
+        sums[where] = sums.get(where, BatchSum()) + BatchSum.between(p.window.sums, p.lo, p.hi)
+    return sums
 
 
 class EvalStream:
@@ -231,10 +298,10 @@ class EvalStream:
     """
 
     def __init__(
-        self, unit_rows: I64, read_unit: ReadUnit, collate: Collate, *, chunk_rows: int, rank: int, num_ranks: int
+        self, unit_rows: I64, units: Units, collate: Collate, *, chunk_rows: int, rank: int, num_ranks: int
     ) -> None:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(unit_rows)])
-        self._read_unit, self._collate, self._chunk_rows = read_unit, collate, chunk_rows
+        self._units, self._collate, self._chunk_rows = units, collate, chunk_rows
         self._rank, self._num_ranks = rank, num_ranks
         self._prefetcher = Prefetcher(self._chunks, _DEPTH)
 
@@ -263,11 +330,6 @@ class EvalStream:
         for unit in range(first, last):
             begin = int(self._starts[unit])
             start = max(lo - begin, 0)
-            tables.append(self._read_unit(unit).slice(start, hi - begin - start))
+            tables.append(self._units.read(unit).slice(start, hi - begin - start))
         ids = np.arange(lo, hi)
         return self._collate(one_batch(pa.concat_tables(tables)), Keys(0, np.zeros_like(ids), ids))
-
-
-def one_batch(table: pa.Table) -> pa.RecordBatch:
-    """A table of at least one row as one batch."""
-    return table.combine_chunks().to_batches()[0]

@@ -40,9 +40,10 @@ class StepReport:
         step: counted from 1; position: samples consumed after it.
         size: rows of the global batch; count: units (rows or tokens) its loss is a mean over.
         loss: this rank's part of that mean: it is the sum over ranks.
-        batch_sum: (rows, hash, hash) of this rank's rows.
+        sums: (source, epoch) -> (rows, hash, hash) of this rank's rows.
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.
+        replaced: (source, epoch, row id, reason) of each row that another one was trained in the place of.
     """
 
     rank: int
@@ -55,10 +56,11 @@ class StepReport:
     learning_rate: float
     applied: bool
     finite: bool
-    batch_sum: tuple[int, int, int]
+    sums: Mapping[tuple[int, int], tuple[int, int, int]]
     seconds: float
     phases: Mapping[str, float]
     ready: int = 0
+    replaced: tuple[tuple[int, int, int, str], ...] = ()
 
 
 @dataclass(frozen=True)

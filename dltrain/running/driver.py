@@ -18,7 +18,7 @@ from dltrain import __version__
 from dltrain.checkpoint.commit import Checkpoint, commit, discard, newest_good, prune
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
-from dltrain.observing.reports import EvalReport, Note, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import EvalReport, Note, Raised, Saved, SaveFailed, StepReport
 from dltrain.observing.view import View
 from dltrain.running.agent import LogLine
 from dltrain.running.cluster import Slots, connect
@@ -274,7 +274,8 @@ class Driver:
         self._record.ledger.enter("starting", self._clock())
         self._saved.clear()
         self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
-        self._record.start_attempt(self._group.attempt, num_ranks)
+        saved = self._resume.manifest.get("audit") if self._resume else None
+        self._record.start_attempt(self._group.attempt, num_ranks, saved)
         self._view.say(f"starting {num_ranks} worker{'s' if num_ranks > 1 else ''} on {self._slots.device}")
         try:
             self._group.start(self._job)
@@ -329,6 +330,7 @@ class Driver:
                 if self._record.ledger.state == "starting":
                     self._record.ledger.enter("other", now - event.seconds)
                 self._record.step(event, now, self._schedule.total_steps)
+                self._check_replaced(event)
             case EvalReport():
                 self._record.evaluated(event, now)
             case Saved():
@@ -339,6 +341,12 @@ class Driver:
             case Note():
                 self._view.say(event.text)
         self._handle(event)
+
+    def _check_replaced(self, report: StepReport) -> None:
+        allowed, found = self._spec.data.bad_rows, self._record.num_replaced
+        if report.replaced and found > allowed:
+            text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
+            self._handle(Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", ""))
 
     def _commit(self, step: int) -> None:
         files = self._saved.pop(step)
@@ -352,6 +360,7 @@ class Driver:
             "plan_id": self._plan.plan_id,
             "metrics": self._record.metrics,
             "best": self._record.best,
+            "audit": self._record.trail.to_dict(),
             "ledger": self._record.ledger.to_dict(),
             "spec": self._spec.to_dict(),
             "dltrain": __version__,

@@ -25,6 +25,7 @@ from dltrain.observing.view import Progress, View
 from dltrain.running.agent import LogLine
 from dltrain.running.lifecycle import Event
 from dltrain.running.rundir import RunDir
+from dltrain.running.trail import Trail
 from dltrain.spec import JobSpec
 
 __all__ = ["Record"]
@@ -51,8 +52,10 @@ class Record:
         self.total_restarts = int(before.get("restarts", 0))
         hub.restore(self.counters)
         self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
+        self._replaced = Journal(run.store, "quarantine")
         self._launched, self._last_beat = launched, 0.0
         self._partial: dict[int, dict[int, StepReport]] = {}
+        self.trail = Trail()
         self._highest = self._latest = int(before.get("highest_step", 0))
         self._logs: dict[int, Any] = {}
         # this start
@@ -64,8 +67,9 @@ class Record:
 
     # ---- from the ranks ----
 
-    def start_attempt(self, attempt: int, num_ranks: int) -> None:
-        """A new group: reports of the old one are not waited for."""
+    def start_attempt(self, attempt: int, num_ranks: int, trail: Mapping[str, Any] | None) -> None:
+        """A new group, going on from the trail in its checkpoint; reports of the old one are not waited for."""
+        self.trail = Trail.of(trail)
         self._attempt, self._num_ranks = attempt, num_ranks
         # A step that any rank has made is made again by the new group.
         self._highest = max(self._highest, self._latest)
@@ -86,7 +90,9 @@ class Record:
 
     def _commit_step(self, reports: Sequence[StepReport], now: float, total_steps: int) -> None:
         first = reports[0]
-        sums = sum((BatchSum(*r.batch_sum) for r in reports), BatchSum())
+        sums = sum((BatchSum(*numbers) for r in reports for numbers in r.sums.values()), BatchSum())
+        self.trail.add(reports)
+        self._quarantine(reports)
         data_wait = max(r.phases.get("data_wait", 0.0) for r in reports)
         redone = first.step <= self._highest
         self._highest = max(self._highest, first.step)
@@ -119,6 +125,18 @@ class Record:
             self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
         progress = Progress(first.step, total_steps, loss, self.rate, self._wait_share(), self._num_ranks)
         self._view.on_step(progress)
+
+    def _quarantine(self, reports: Sequence[StepReport]) -> None:
+        for report in reports:
+            for source, epoch, row, reason in report.replaced:
+                self._replaced.add(
+                    {"step": report.step, "source": source, "epoch": epoch, "row": row, "reason": reason}
+                )
+
+    @property
+    def num_replaced(self) -> int:
+        """Rows, in the steps that the weights rest on, that another row was trained in the place of."""
+        return sum(self.trail.replaced.values())
 
     def _count(self, report: StepReport) -> None:
         added = {
@@ -207,6 +225,7 @@ class Record:
             self._quietly(handle.flush)
         self._quietly(self._steps.flush)
         self._quietly(self._events.flush)
+        self._quietly(self._replaced.flush)
         ledger = {
             **self.ledger.to_dict(),
             "counters": self.counters,
@@ -256,7 +275,7 @@ class Record:
     def close(self) -> None:
         """Writes what is left."""
         self.flush()
-        for journal in (self._steps, self._events):
+        for journal in (self._steps, self._events, self._replaced):
             with contextlib.suppress(OSError, StoreError):
                 journal.close()
         for handle in self._logs.values():

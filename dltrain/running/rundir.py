@@ -4,7 +4,8 @@ run = RunDir.of(spec)
 run.check_same(spec); run.claim_attempt(); run.store.read("state.json")
 find_run("image-cnn")                 # by name under $DLTRAIN_RUNS or ./runs, or by URL
 
-spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl  checkpoints/  logs/
+spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl
+quarantine.jsonl  checkpoints/  logs/
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import yaml
 
 from dltrain.data.catalog import Catalog, read_catalog
-from dltrain.data.order import choose_lanes, key
+from dltrain.data.identity import plan_id
+from dltrain.data.order import choose_lanes
 from dltrain.errors import RunChangedError, UserError
 from dltrain.observing.journal import is_local, read_json, write_json
 from dltrain.spec import JobSpec
@@ -44,8 +46,7 @@ class Plan:
         """Chooses the lanes and the window, unless the spec says."""
         lanes, window = choose_lanes(train.num_units, spec.batch.global_)
         lanes, window = spec.data.lanes or lanes, spec.data.window or window
-        digest = int(train.digest, 16)
-        return cls(train, evaluation, lanes, window, f"{key(1, digest, lanes, window, spec.data.seed):016x}")
+        return cls(train, evaluation, lanes, window, plan_id([train.digest], lanes, window, spec.data.seed))
 
 
 class RunDir:

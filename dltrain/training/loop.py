@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.snapshot import load, take
 from dltrain.data.batch import Batch, Sum
 from dltrain.data.catalog import Catalog, check_columns
+from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order, key
+from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
 from dltrain.errors import DltrainError, RunFailedError, UserError
@@ -31,7 +34,7 @@ from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
 from dltrain.training.plan import BatchPlan, RankJob
-from dltrain.training.task import Task
+from dltrain.training.task import Task, load_collate
 
 __all__ = ["Loop", "reduce_sums"]
 
@@ -81,6 +84,8 @@ class Loop:
             yield Done(self._job.rank, self.step, stopped)
         finally:
             self._stream.close()
+            if self._pool:
+                self._pool.close()
 
     def _between_steps(self) -> Iterator[Report]:
         schedule = self._job.schedule
@@ -101,16 +106,20 @@ class Loop:
             self._eval_reader = UnitReader(self._eval, columns)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
         order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
+        processes = self._spec.data.collate_workers
+        self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
-            order,
-            UnitReader(train, columns).read,
-            self._task.collate,
+            Mixture([order], [1]),
+            [UnitReader(train, columns)],
+            self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,
             global_batch=batch.global_batch,
             rank=job.rank,
             num_ranks=job.num_ranks,
             micro_batch=batch.micro_batch,
+            replace=self._spec.data.bad_rows > 0,
+            parallel=processes,
         )
         self._ahead = Ahead(self._stream, job.num_ranks, self._device)
         seconds["data"] = -begin + (begin := time.perf_counter())
@@ -131,6 +140,9 @@ class Loop:
         self._resume()
         seconds["load"] = time.perf_counter() - begin
         return Ready(job.rank, _pid(), num_parameters, seconds)
+
+    def _make_collate(self) -> Callable[[], Any]:
+        return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
 
     def _columns(self, train: Catalog) -> tuple[str, ...]:
         columns = self._spec.data.columns or self._task.columns or tuple(train.schema.names)
@@ -183,7 +195,6 @@ class Loop:
         clock.lap("backward")
 
     def _report(self, batch: StepBatch, count: float, result: StepResult, clock: _Phases) -> StepReport:
-        sums = batch.batch_sum
         return StepReport(
             rank=self._job.rank,
             step=self.step,
@@ -195,7 +206,8 @@ class Loop:
             learning_rate=result.learning_rate,
             applied=result.applied,
             finite=result.finite,
-            batch_sum=(sums.count, sums.first, sums.second),
+            replaced=tuple((r.source, r.epoch, r.id, r.reason) for r in batch.replaced),
+            sums={where: (s.count, s.first, s.second) for where, s in batch.sums.items()},
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
@@ -231,7 +243,7 @@ class Loop:
         rows = min(_EVAL_ROWS, self._spec.batch.micro or _EVAL_ROWS)
         chunks = EvalStream(
             catalog.unit_rows,
-            self._eval_reader.read,
+            self._eval_reader,
             self._task.collate,
             chunk_rows=rows,
             rank=job.rank,

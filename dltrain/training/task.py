@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from dltrain.data.batch import Batch, Keys, Sum
 
-__all__ = ["Task", "check_task", "load_task"]
+__all__ = ["Task", "check_task", "load_collate", "load_task"]
 
 
 class Task:
@@ -87,6 +87,11 @@ def load_task(name: str, args: Mapping[str, Any], cwd: str) -> Task:
         raise UserError(f"task: {name} is not a dltrain.Task; derive your class from it")
     _check_args(found, args)
     return found(**args)
+
+
+def load_collate(name: str, args: Mapping[str, Any], cwd: str) -> Any:
+    """The `collate` of a task of its own, for a process that does nothing else."""
+    return load_task(name, args, cwd).collate
 
 
 def _check_args(cls: type[Task], args: Mapping[str, Any]) -> None:

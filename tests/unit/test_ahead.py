@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dltrain.data.batch import Batch
-from dltrain.data.identity import BatchSum
 from dltrain.data.stream import StepBatch
 from dltrain.training.ahead import MOST, Ahead, num_ahead
 
@@ -25,7 +24,7 @@ class Stream:
             raise KeyError("label")
         self.made += 1
         micros = [Batch(self.made, x=torch.zeros(4)), Batch(0, x=torch.zeros(4))]
-        return StepBatch(self.made, 1, micros, np.zeros(1, np.int64), np.zeros(1, np.int64), BatchSum())
+        return StepBatch(self.made, 1, micros, np.zeros(1, np.int64), np.zeros(1, np.int64), {})
 
     def prefetch(self) -> None:
         self.prefetched = True

@@ -21,7 +21,14 @@ LEVELS = {
     "spec": 4,
     "errors": 5,
 }
-PURE = ("data/order.py", "data/identity.py", "running/lifecycle.py", "observing/ledger.py", "spec.py")
+PURE = (
+    "data/order.py",
+    "data/identity.py",
+    "data/mixture.py",
+    "running/lifecycle.py",
+    "observing/ledger.py",
+    "spec.py",
+)
 IMPURE_IMPORTS = {"torch", "ray", "deepspeed", "fsspec", "s3fs", "time", "random", "socket", "subprocess", "threading"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

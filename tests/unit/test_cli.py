@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +230,19 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {__version__}" in (harness.ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dltrain.cli", "list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, 141)
+
+
+def test_a_closed_connection_does_not_end_the_process() -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN

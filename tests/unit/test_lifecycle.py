@@ -28,7 +28,7 @@ from dltrain.running.lifecycle import (
 
 
 def step(number: int, rank: int = 0) -> StepReport:
-    return StepReport(rank, number, number * 8, 8, 8, 1.0, 1.0, 0.1, True, True, (8, 1, 1), 0.02, {})
+    return StepReport(rank, number, number * 8, 8, 8, 1.0, 1.0, 0.1, True, True, {(0, 0): (8, 1, 1)}, 0.02, {})
 
 
 def raised(rank: int, kind: str, at: int = 5, message: str = "ValueError: no") -> Raised:

@@ -23,7 +23,9 @@ LABELS = {"run": "r", "zero_stage": "1", "precision": "fp32"}
 
 def step(rank: int, number: int = 1, finite: bool = True) -> StepReport:
     phases = {"forward": 0.25, "backward": 0.5}
-    return StepReport(rank, number, 8 * number, 8, 8, 1.5, 2.5, 0.1, finite, finite, (4, 1, 1), 0.75, phases, ready=2)
+    return StepReport(
+        rank, number, 8 * number, 8, 8, 1.5, 2.5, 0.1, finite, finite, {(0, 0): (4, 1, 1)}, 0.75, phases, ready=2
+    )
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,32 @@ import torch
 
 from dltrain.data.batch import Batch, Keys, Sum
 from dltrain.data.identity import BatchSum, sum_ids
+from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
+from dltrain.errors import BadRowsError, DataError
 
 ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
 STARTS = np.concatenate([[0], np.cumsum(ROWS)])
 NUM_ROWS = sum(ROWS)
 ORDER = Order(ROWS, num_lanes=4, window_units=2, seed=3)
+WHOLE = Mixture([ORDER], [1])
 
 
 def read_unit(unit: int) -> pa.Table:
     """Row id as the only column."""
     return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
+
+
+class Units:
+    """Units by a function, fetched only when they are read."""
+
+    def __init__(self, read: Callable[[int], pa.Table]) -> None:
+        self.read = read
+
+    def start(self, unit: int, needed: float) -> None:
+        pass
 
 
 def collate(rows: pa.RecordBatch, keys: Keys) -> Batch:
@@ -37,8 +51,8 @@ def stream(
     rank: int, num_ranks: int, micro: int = 5, position: int = 0, size: int = 20, epochs: int = 3
 ) -> TrainStream:
     return TrainStream(
-        ORDER,
-        read_unit,
+        WHOLE,
+        [Units(read_unit)],
         collate,
         position=position,
         end=epochs * NUM_ROWS,
@@ -47,6 +61,10 @@ def stream(
         num_ranks=num_ranks,
         micro_batch=micro,
     )
+
+
+def total(*steps: StepBatch) -> BatchSum:
+    return sum((s for step in steps for s in step.sums.values()), BatchSum())
 
 
 def take(source: TrainStream) -> list[StepBatch]:
@@ -67,7 +85,7 @@ def test_ranks_together_have_every_row_of_every_batch(num_ranks: int) -> None:
         assert len({len(p.micros) for p in parts}) == 1
         trained = [id for p in parts for m in p.micros if m.count for id in m.id.tolist()]
         assert sorted(trained) == sorted(expected.ids.tolist())
-        assert sum((p.batch_sum for p in parts), BatchSum()) == expected.batch_sum
+        assert total(*parts) == total(expected)
         assert all(m.count <= 5 for p in parts for m in p.micros)
     for epoch in range(3):
         ids = np.concatenate([s.ids[s.epochs == epoch] for s in whole])
@@ -85,7 +103,7 @@ def test_resuming_anywhere_gives_the_rest() -> None:
     whole = take(stream(0, 1))
     for done in (1, 4, len(whole) - 1):
         rest = take(stream(0, 1, position=whole[done - 1].position))
-        assert [s.batch_sum.batch_id for s in rest] == [s.batch_sum.batch_id for s in whole[done:]]
+        assert [total(s).batch_id for s in rest] == [total(s).batch_id for s in whole[done:]]
 
 
 def test_the_last_batch_is_what_is_left() -> None:
@@ -113,7 +131,7 @@ def test_evaluation_covers_every_row_once(num_ranks: int) -> None:
     seen: list[int] = []
     lengths = set()
     for rank in range(num_ranks):
-        source = EvalStream(np.array(ROWS), read_unit, collate, chunk_rows=10, rank=rank, num_ranks=num_ranks)
+        source = EvalStream(np.array(ROWS), Units(read_unit), collate, chunk_rows=10, rank=rank, num_ranks=num_ranks)
         items = list(source)
         source.close()
         lengths.add(len(items))
@@ -135,7 +153,7 @@ def test_a_fault_in_collate_comes_out_of_next_at_once() -> None:
         raise KeyError("label")
 
     source = TrainStream(
-        ORDER, read_unit, bad, position=0, end=NUM_ROWS, global_batch=8, rank=0, num_ranks=1, micro_batch=8
+        WHOLE, [Units(read_unit)], bad, position=0, end=NUM_ROWS, global_batch=8, rank=0, num_ranks=1, micro_batch=8
     )
     for _ in range(2):
         with pytest.raises(KeyError, match="label"):
@@ -182,3 +200,114 @@ def test_sums_add_up_exactly_in_any_order() -> None:
     shuffled = [items[i] for i in rng.permutation(len(items))]
     assert reduce_sums(items) == reduce_sums(shuffled)
     assert reduce_sums([]) == {}
+
+
+# ---- rows that can't be used ----
+
+
+def replaced_ids(num_ranks: int, read: Any, make: Any = collate) -> tuple[list[list[int]], set[tuple[int, int]]]:
+    """Ids as read in the batches of all ranks, in canonical order, and (epoch, row) of those replaced."""
+    batches: dict[int, list[int]] = {}
+    listed = set()
+    for rank in range(num_ranks):
+        source = TrainStream(
+            WHOLE,
+            [Units(read)],
+            make,
+            position=0,
+            end=2 * NUM_ROWS,
+            global_batch=21,
+            rank=rank,
+            num_ranks=num_ranks,
+            micro_batch=100,
+            replace=True,
+        )
+        for step in take(source):
+            batches.setdefault(step.position, []).extend(i for m in step.micros if m.count for i in m.id.tolist())
+            listed |= {(r.epoch, r.id) for r in step.replaced}
+    return list(batches.values()), listed
+
+
+def loose(rows: pa.RecordBatch, keys: Keys) -> Batch:
+    return Batch(rows.num_rows, id=torch.tensor(rows["id"].to_numpy().copy()))
+
+
+@pytest.mark.parametrize("broken", [{2}, {1, 3, 4}, {0, 1, 2, 3, 4, 5, 6}])
+def test_units_that_cannot_be_read_are_replaced_alike_for_any_number_of_ranks(broken: set[int]) -> None:
+    def read(unit: int) -> pa.Table:
+        if unit in broken:
+            raise DataError(f"unit {unit} is damaged")
+        return read_unit(unit)
+
+    lost = {i for unit in broken for i in range(STARTS[unit], STARTS[unit + 1])}
+    batches, listed = replaced_ids(1, read, loose)
+    assert listed == {(epoch, i) for epoch in range(2) for i in lost}
+    assert not lost & {i for batch in batches for i in batch}
+    assert sum(len(batch) for batch in batches) == 2 * NUM_ROWS
+    for num_ranks in (2, 3, 5):
+        assert replaced_ids(num_ranks, read, loose) == (batches, listed)
+
+
+def test_rows_that_collate_refuses_are_replaced_alike_for_any_number_of_ranks() -> None:
+    bad = {3, 10, 11, 40, NUM_ROWS - 1}
+
+    def one_at_a_time(rows: pa.RecordBatch, keys: Keys) -> Batch:
+        found = [i for i, value in enumerate(rows["id"].to_pylist()) if value in bad]
+        if found:
+            raise BadRowsError(found[:1], "not an image")
+        return loose(rows, keys)
+
+    batches, listed = replaced_ids(1, read_unit, one_at_a_time)
+    assert listed == {(epoch, i) for epoch in range(2) for i in bad}
+    assert not bad & {i for batch in batches for i in batch}
+    for num_ranks in (2, 3):
+        assert replaced_ids(num_ranks, read_unit, one_at_a_time) == (batches, listed)
+
+
+def test_without_a_budget_a_bad_row_is_an_error_that_says_what_to_set() -> None:
+    def refuse(rows: pa.RecordBatch, keys: Keys) -> Batch:
+        raise BadRowsError([1], "not an image")
+
+    source = TrainStream(
+        WHOLE, [Units(read_unit)], refuse, position=0, end=9, global_batch=9, rank=0, num_ranks=1, micro_batch=9
+    )
+    with pytest.raises(DataError, match=r"not an image; .*data\.bad_rows"):
+        next(source)
+    source.close()
+
+
+# ---- several sources ----
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_sources_are_mixed_with_ids_of_their_own(num_ranks: int) -> None:
+    other = [12, 5]
+
+    def read_other(unit: int) -> pa.Table:
+        start = NUM_ROWS + sum(other[:unit])
+        return pa.table({"id": np.arange(start, start + other[unit])})
+
+    mixture = Mixture([ORDER, Order(other, 4, 1, 9)], [3, 1])
+    sums: dict[tuple[int, int], BatchSum] = {}
+    seen: Counter[int] = Counter()
+    for rank in range(num_ranks):
+        source = TrainStream(
+            mixture,
+            [Units(read_unit), Units(read_other)],
+            collate,
+            position=0,
+            end=160,
+            global_batch=16,
+            rank=rank,
+            num_ranks=num_ranks,
+            micro_batch=3,
+        )
+        for step in take(source):
+            seen.update(i for m in step.micros if m.count for i in m.id.tolist())
+            for where, part in step.sums.items():
+                sums[where] = sums.get(where, BatchSum()) + part
+    assert sum(seen.values()) == sum(s.count for s in sums.values()) == 160
+    assert sum(n for i, n in seen.items() if i < NUM_ROWS) == pytest.approx(120, abs=4)
+    first = np.arange(NUM_ROWS)
+    assert sums[0, 0] == sum_ids(ORDER.seed, np.zeros(NUM_ROWS, np.int64), first)
+    assert sums[1, 1] == sum_ids(9, np.ones(17, np.int64), np.arange(17))

@@ -1,0 +1,195 @@
+"""The loader by itself: batches of a Parquet dataset for a training loop of your own.
+
+    with open_stream("s3://bucket/digits", columns=["image", "label"], global_batch=256, rank=r, num_ranks=w) as stream:
+        for batch in stream:                       # {"image": tensor, "label": tensor}
+            ...
+            saved = stream.state_dict()            # a few numbers, the same on every rank
+
+The batches are those of `dltrain run`: the same for any number of ranks, each row once an epoch. A saved state
+goes on at the next batch, on another number of ranks or with another batch size too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from dltrain.data.batch import Batch, Keys
+from dltrain.data.catalog import Catalog, check_columns, read_catalog
+from dltrain.data.columns import tensors
+from dltrain.data.identity import plan_id
+from dltrain.data.mixture import Mixture
+from dltrain.data.order import Order, choose_lanes, num_steps
+from dltrain.data.reader import UnitReader
+from dltrain.data.stream import TrainStream
+from dltrain.errors import UserError
+
+__all__ = ["BatchStream", "open_stream"]
+
+_VERSION = 1
+_ENDLESS = 1 << 62
+
+
+def open_stream(
+    url: str,
+    columns: Sequence[str] | None = None,
+    *,
+    global_batch: int,
+    seed: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    epochs: int | None = 1,
+    end: Literal["wrap", "drop"] = "wrap",
+    collate: Callable[[pa.RecordBatch, Keys], Mapping[str, Any]] | None = None,
+) -> BatchStream:
+    """Opens a dataset for one rank of a training loop.
+
+    Args:
+        url: directory, glob or file of Parquet; any fsspec URL.
+        columns: to read; None means all.
+        global_batch: rows of one step over all ranks; this rank gets its share.
+        epochs: passes over the data; None means without end.
+        end: the last batch holds what is left (`wrap`), or is left out (`drop`).
+        collate: makes the batch from Arrow rows; default: a tensor per column (`dltrain.data.columns.tensors`).
+
+    Raises:
+        DataError: nothing to read there; StoreError: the storage can't be reached.
+    """
+    if not 0 <= rank < num_ranks:
+        raise UserError(f"rank {rank} of {num_ranks}: ranks are 0 to num_ranks - 1")
+    if global_batch < 1:
+        raise UserError(f"global_batch: found {global_batch}; it must be >= 1")
+    catalog = read_catalog(url, columns, "url")
+    names = tuple(columns or catalog.schema.names)
+    check_columns(catalog, names, "columns")
+    make = collate or (lambda rows, _: tensors(rows))
+    return BatchStream(catalog, names, make, global_batch, seed, rank, num_ranks, epochs, end)
+
+
+class BatchStream:
+    """An iterator of batches, as dicts; made by `open_stream`.
+
+    Every rank yields the same number of batches; where a last short batch has no row for a rank, its tensors
+    have no rows.
+
+    Attributes:
+        catalog: what the dataset holds; position: rows consumed, over all ranks.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        columns: Sequence[str],
+        collate: Callable[[pa.RecordBatch, Keys], Mapping[str, Any]],
+        global_batch: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        epochs: int | None,
+        end: Literal["wrap", "drop"],
+    ) -> None:
+        self.catalog, self._collate = catalog, collate
+        self._reader = UnitReader(catalog, columns)
+        self._global_batch, self._seed = global_batch, seed
+        self._rank, self._num_ranks = rank, num_ranks
+        self._epochs, self._drops = epochs, end == "drop"
+        self._num_lanes, self._window_units = choose_lanes(catalog.num_units, global_batch)
+        self.position = 0
+        self._stream: TrainStream | None = None
+
+    # ---- where it is ----
+
+    @property
+    def plan_id(self) -> str:
+        """Names the order of samples: of the data, and of all the order is made from."""
+        return plan_id([self.catalog.digest], self._num_lanes, self._window_units, self._seed)
+
+    @property
+    def _last(self) -> int:
+        if self._epochs is None:
+            return _ENDLESS
+        total = self._epochs * self.catalog.num_rows
+        return self.position + len(self) * self._global_batch if self._drops else total
+
+    def __len__(self) -> int:
+        """Batches left.
+
+        Raises:
+            TypeError: it goes on without end.
+        """
+        if self._epochs is None:
+            raise TypeError("this stream has no end, so no length")
+        rows, end = self.catalog.num_rows, "drop" if self._drops else "wrap"
+        return num_steps(rows, self._epochs, self._global_batch, self.position, end)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is: what goes into a checkpoint. It follows what was yielded, not what is prefetched."""
+        return {
+            "version": _VERSION,
+            "plan_id": self.plan_id,
+            "position": self.position,
+            "num_lanes": self._num_lanes,
+            "window_units": self._window_units,
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state was taken; the batch size and the ranks may be others than then.
+
+        Raises:
+            UserError: the state is of other data, or of a later version.
+        """
+        if state.get("version") != _VERSION:
+            raise UserError(f"state of version {state.get('version')!r}; this dltrain reads {_VERSION}")
+        self._num_lanes, self._window_units = int(state["num_lanes"]), int(state["window_units"])
+        self._seed = int(state["seed"])
+        if self.plan_id != state["plan_id"]:
+            raise UserError(
+                f"{self.catalog.url} is not the data that this state was taken of: files were added, removed or "
+                "rewritten since; start afresh, or restore the files"
+            )
+        self.close()
+        self.position = int(state["position"])
+
+    # ---- batches ----
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._stream is None:
+            self._stream = self._open()
+        step = next(self._stream)
+        self.position = step.position
+        batch = step.micros[0]
+        return batch.tensors if batch.count else {name: value[:0] for name, value in batch.tensors.items()}
+
+    def _open(self) -> TrainStream:
+        order = Order(self.catalog.unit_rows.tolist(), self._num_lanes, self._window_units, self._seed)
+        stream = TrainStream(
+            Mixture([order], [1]),
+            [self._reader],
+            lambda rows, keys: Batch(rows.num_rows, **self._collate(rows, keys)),
+            position=self.position,
+            end=self._last,
+            global_batch=self._global_batch,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            micro_batch=self._global_batch,
+        )
+        stream.prefetch()
+        return stream
+
+    def close(self) -> None:
+        """Ends the threads; iterating again goes on from where it was."""
+        if self._stream:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

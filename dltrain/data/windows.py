@@ -1,0 +1,185 @@
+"""Windows of the sample order, loaded in the background and shuffled: what batches are cut from.
+
+windows = Windows(order, reader, end, replace=True)
+window = windows.get(epoch, lane, number); window.rows[lo:hi], window.ids[lo:hi]
+
+A row that can't be read keeps its position: another row of the same window stands in its place, the same one
+for any number of ranks, and `window.bad` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dltrain.data.identity import U64, hash_ids, running_sums
+from dltrain.data.order import Order, Segment, Span, key, mix64
+from dltrain.errors import DataError
+
+__all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
+
+I64 = npt.NDArray[np.int64]
+_THREADS = 4
+# The purpose of a derived key; the others are in `order` and `identity`.
+_STAND_IN = 11
+HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
+
+
+class Units(Protocol):
+    """Where units come from."""
+
+    def start(self, unit: int, needed: float) -> None:
+        """Begins to fetch a unit, without waiting; of several, what is needed at the lowest position first."""
+
+    def read(self, unit: int) -> pa.Table:
+        """The unit's rows, waited for."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window's rows in shuffled order, and running sums of their hashes: what a step needs is a slice.
+
+    Attributes:
+        sums: (2, rows + 1).
+        bad: item -> why another row stands in its place.
+    """
+
+    rows: pa.RecordBatch
+    ids: I64
+    sums: U64
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+
+class Windows:
+    """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before.
+
+    Args:
+        end: position of this order at which the run ends.
+        stretch: positions of the run for one of this order, where it is one of several.
+        replace: rows of units that can't be decoded are replaced; else they raise.
+    """
+
+    def __init__(self, order: Order, units: Units, end: float, replace: bool = False, stretch: float = 1.0) -> None:
+        self._order, self._units, self._end = order, units, end
+        self._replace, self._stretch = replace, stretch
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
+        self._held: dict[int, dict[tuple[int, int], Future[Window]]] = {}
+        self._current: dict[int, tuple[int, int]] = {}
+
+    def get(self, epoch: int, lane: int, window: int) -> Window:
+        """The window, waited for if it is still on its way."""
+        held = self._held.setdefault(lane, {})
+        future = held.get((epoch, window))
+        if future is not None and (epoch, window) == self._current.get(lane):
+            return future.result()
+        self._current[lane] = (epoch, window)
+        for old in [k for k in held if k < (epoch, window)]:
+            held.pop(old).cancel()
+        future = self._start(held, epoch, lane, window)
+        following = self._next(epoch, lane, window)
+        if following:
+            self._start(held, following[0], lane, following[1])
+        return future.result()
+
+    def begin(self, s: Segment) -> None:
+        """Starts loading what the first step needs."""
+        self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, held: dict[tuple[int, int], Future[Window]], epoch: int, lane: int, window: int) -> Future[Window]:
+        future = held.get((epoch, window))
+        if future is None:
+            spans = self._order.window_spans(epoch, lane, window)
+            needed = self._needed_at(epoch, lane, window)
+            for span in spans:
+                self._units.start(span.unit, needed)
+            future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window, spans)
+        return future
+
+    def _needed_at(self, epoch: int, lane: int, window: int) -> float:
+        """The position of the window's first item: all lanes' windows in the order they are needed."""
+        order = self._order
+        time = order.lane_begin(lane, epoch) + int(order.lane(epoch, lane).window_rows[window])
+        return (time * order.num_lanes + lane) * self._stretch
+
+    def _next(self, epoch: int, lane: int, window: int) -> tuple[int, int] | None:
+        order = self._order
+        if window + 2 < len(order.lane(epoch, lane).window_spans):
+            return epoch, window + 1
+        following = epoch + 1
+        begins = order.lane_begin(lane, following) * order.num_lanes + lane
+        return (following, 0) if begins < self._end and order.lane_length(lane, following) else None
+
+    # ---- one window ----
+
+    def _load(self, epoch: int, lane: int, window: int, spans: Sequence[Span]) -> Window:
+        perm, ids = self._order.window_perm(epoch, lane, window), self._order.window_ids(epoch, lane, window)
+        tables, reasons = self._read(spans)
+        bad: dict[int, str] = {}
+        if reasons:
+            tables, perm, bad = self._around(spans, tables, reasons, perm, ids)
+        rows = one_batch(pa.concat_tables([t for t in tables if t is not None])).take(pa.array(perm))
+        return Window(rows, ids, running_sums(hash_ids(self._order.seed, epoch, ids)), bad)
+
+    def _read(self, spans: Sequence[Span]) -> tuple[list[pa.Table | None], dict[int, str]]:
+        """The spans' rows, None where they can't be decoded, and why not."""
+        tables: list[pa.Table | None] = []
+        reasons: dict[int, str] = {}
+        for i, span in enumerate(spans):
+            try:
+                tables.append(self._units.read(span.unit).slice(span.lo, span.hi - span.lo))
+            except DataError as error:
+                if not self._replace:
+                    raise DataError(f"{error}; {HINT}") from None
+                tables.append(None)
+                reasons[i] = str(error)
+        return tables, reasons
+
+    def _around(
+        self, spans: Sequence[Span], tables: list[pa.Table | None], reasons: Mapping[int, str], perm: I64, ids: I64
+    ) -> tuple[list[pa.Table | None], I64, dict[int, str]]:
+        """Tables without the bad spans, where each item is found in them, and the items that got another row."""
+        lengths = np.array([s.hi - s.lo for s in spans])
+        span_of = np.repeat(np.arange(len(spans)), lengths)[perm]
+        is_bad = np.isin(span_of, list(reasons))
+        good = np.repeat([i not in reasons for i in range(len(spans))], lengths)
+        if not good.any():
+            other = self._other_unit(spans[0].unit, reasons)
+            tables, num_good = [other], other.num_rows
+        else:
+            num_good = int(good.sum())
+        # where: row of the whole window -> row of what is left of it
+        where = np.cumsum(good) - 1
+        found = np.where(is_bad, stand_ins(ids, num_good), where[perm])
+        items = np.flatnonzero(is_bad)
+        return tables, found, {int(i): reasons[int(span_of[i])] for i in items}
+
+    def _other_unit(self, unit: int, reasons: Mapping[int, str]) -> pa.Table:
+        """The next unit that can be read, for a window of which nothing can."""
+        num_units = len(self._order.unit_rows)
+        for step in range(1, num_units):
+            try:
+                return self._units.read((unit + step) % num_units)
+            except DataError:
+                continue
+        raise DataError(next(iter(reasons.values())))
+
+
+def stand_ins(ids: I64, num_rows: int, turn: int = 0) -> I64:
+    """Which of `num_rows` rows stands in for each id; another `turn` gives another choice."""
+    hashes = mix64(ids.astype(np.uint64) ^ np.uint64(key(_STAND_IN, turn)))
+    return np.asarray(hashes % np.uint64(num_rows), np.int64)
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table of at least one row as one batch."""
+    return table.combine_chunks().to_batches()[0]
