@@ -16,15 +16,17 @@ each window of a lane the rows are permuted by a bijection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Dropped",
     "LaneLayout",
     "Order",
     "Segment",
@@ -35,6 +37,7 @@ __all__ = [
     "lane_times",
     "mix64",
     "num_steps",
+    "read_amplification",
 ]
 
 U64 = npt.NDArray[np.uint64]
@@ -42,6 +45,8 @@ I64 = npt.NDArray[np.int64]
 _MASK = (1 << 64) - 1
 # The purpose of a derived key, so that no two uses of one seed collide.
 _UNITS, _STAGGER, _WINDOW = 1, 2, 3
+# Most that the lane layouts kept may hold, and what one weighs: its objects, and its arrays per span.
+_LAYOUT_BYTES, _LAYOUT_OBJECTS, _LAYOUT_SPAN = 64 * 2**20, 700, 40
 
 
 def mix64(x: U64) -> U64:
@@ -102,8 +107,29 @@ def num_steps(
     return left // global_batch if end == "drop" else -(-left // global_batch)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+def read_amplification(num_units: int, num_lanes: int, num_ranks: int) -> float:
+    """At most how often a unit is read per epoch, over all ranks, where V divides the global batch.
+
+    Lanes cut up to V-1 units in two; the W slices of a batch cut the V lanes at W-1 places, of which
+    gcd(V, W) - 1 fall between two lanes. 1 + (V-1)/M where W divides V, about W/V where W is more than V.
+    """
+    shared = num_lanes + num_ranks - math.gcd(num_lanes, num_ranks)
+    return (1 + (num_lanes - 1) / num_units) * shared / num_lanes
+
+
+class Dropped(NamedTuple):
+    """Rows that a run with `end: drop` leaves out, in canonical order: epochs (count,), ids (count,)."""
+
+    epochs: I64
+    ids: I64
+
+    @property
+    def num_rows(self) -> int:
+        """How many; a run shorter than a batch of many epochs may leave out the same row twice."""
+        return len(self.ids)
+
+
+class Span(NamedTuple):
     """Rows [lo, hi) of one unit."""
 
     unit: int
@@ -111,8 +137,8 @@ class Span:
     hi: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+# A tuple, for a worker makes thousands of them a second.
+class Segment(NamedTuple):
     """Items [lo, hi) of one window's shuffled rows: what a rank takes from it in one batch."""
 
     epoch: int
@@ -122,7 +148,7 @@ class Segment:
     hi: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LaneLayout:
     """One lane in one epoch: its spans of units, and the windows they form.
 
@@ -146,6 +172,8 @@ def lane_times(
 ) -> Iterator[tuple[int, int, int]]:
     """What `rank` takes of positions [consumed, consumed + size), a global batch: lane, lane times [start, stop)."""
     lo, hi = rank * size // num_ranks, (rank + 1) * size // num_ranks
+    if lo >= hi:
+        return
     if size % num_lanes == 0:
         yield from _even_lane_times(num_lanes, consumed, size // num_lanes, lo, hi)
         return
@@ -174,18 +202,20 @@ class Order:
     """The order of one dataset.
 
     Args:
-        unit_rows: rows in each unit, all > 0, in the plan's order; row ids count through them.
+        unit_rows: rows in each unit (list or array), all > 0, in the plan's order; row ids count through them.
         num_lanes: V.
         window_units: K, spans shuffled together once a lane is under way.
         seed: of the shuffle.
     """
 
-    unit_rows: Sequence[int]
+    unit_rows: Sequence[int] | I64
     num_lanes: int
     window_units: int
     seed: int = 0
     # starts: (M + 1,), row id of each unit's first row
     starts: I64 = field(init=False, repr=False, compare=False)
+    # N
+    num_rows: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows = np.asarray(self.unit_rows, dtype=np.int64)
@@ -195,14 +225,12 @@ class Order:
             raise ValueError(f"num_lanes {self.num_lanes} and window_units {self.window_units} must be >= 1")
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
         object.__setattr__(self, "starts", starts)
-        # Caches live on the instance, so that they die with it.
-        object.__setattr__(self, "_epoch", lru_cache(maxsize=4)(self._epoch_units))
-        object.__setattr__(self, "_lane", lru_cache(maxsize=4 * self.num_lanes)(self._lane_layout))
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return int(self.starts[-1])
+        object.__setattr__(self, "num_rows", int(starts[-1]))
+        # Caches live on the instance, so that they die with it. A batch needs two epochs' at most.
+        object.__setattr__(self, "_epoch", lru_cache(maxsize=2)(self._epoch_units))
+        layout_bytes = _LAYOUT_OBJECTS + _LAYOUT_SPAN * (1 + rows.size // self.num_lanes)
+        num_layouts = min(2 * self.num_lanes, max(2, _LAYOUT_BYTES // layout_bytes))
+        object.__setattr__(self, "_lane", lru_cache(maxsize=num_layouts)(self._lane_layout))
 
     # ---- where a lane is ----
 
@@ -224,8 +252,14 @@ class Order:
         units = hash_perm(len(self.unit_rows), key(self.seed, _UNITS, epoch))
         rows = np.diff(self.starts)[units]
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])
-        lengths = [self.lane_length(v, epoch) for v in range(self.num_lanes)]
-        return units, ends, np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, np.int64))])
+        lanes = np.arange(self.num_lanes, dtype=np.int64)
+        # lengths: (V,), what lane_length says of each lane
+        lengths = self._begins(lanes, epoch + 1) - self._begins(lanes, epoch)
+        return units, ends, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+    def _begins(self, lanes: I64, epoch: int) -> I64:
+        """`lane_begin` of many lanes."""
+        return np.asarray(np.maximum(0, -((lanes - epoch * self.num_rows) // self.num_lanes)), np.int64)
 
     def _lane_layout(self, epoch: int, lane: int) -> LaneLayout:
         units, ends, lane_starts = self._epoch(epoch)  # type: ignore[attr-defined]
@@ -238,27 +272,23 @@ class Order:
         lo = np.maximum(ends[first:last], begin) - ends[first:last]
         hi = np.minimum(ends[first + 1 : last + 1], end) - ends[first:last]
         spans = np.stack([units[first:last], lo, hi], axis=1)
-        cuts = np.array(list(self._window_cuts(epoch, lane, len(spans))), np.int64)
+        cuts = self._window_cuts(epoch, lane, len(spans))
         rows = np.concatenate([np.zeros(1, np.int64), np.cumsum(hi - lo)])
         return LaneLayout(spans, cuts, rows[cuts])
 
-    def _window_cuts(self, epoch: int, lane: int, num_spans: int) -> Iterator[int]:
+    def _window_cuts(self, epoch: int, lane: int, num_spans: int) -> I64:
         """Span index at which each window begins, and the end.
 
         A run begins with windows of 1, 2, 4, ... spans, so that its first batch does not wait for a full
         one; then one of random length, so that lanes refill at different times; then K spans each.
         """
-        at, ramp = 0, 1
-        yield 0
-        while epoch == 0 and ramp < self.window_units and at + ramp < num_spans:
-            at += ramp
+        cuts, ramp = [0], 1
+        while epoch == 0 and ramp < self.window_units and cuts[-1] + ramp < num_spans:
+            cuts.append(cuts[-1] + ramp)
             ramp *= 2
-            yield at
-        size = 1 + key(self.seed, _STAGGER, epoch, lane) % self.window_units
-        while at < num_spans:
-            at = min(at + size, num_spans)
-            size = self.window_units
-            yield at
+        staggered = cuts[-1] + 1 + key(self.seed, _STAGGER, epoch, lane) % self.window_units
+        full = np.arange(staggered, num_spans, self.window_units, dtype=np.int64)
+        return np.concatenate([np.array(cuts, np.int64), full, np.array([num_spans], np.int64)])
 
     # ---- what a batch is ----
 
@@ -295,9 +325,10 @@ class Order:
             epoch = (lane + start * self.num_lanes) // self.num_rows
             begin = self.lane_begin(lane, epoch)
             edges = self.lane(epoch, lane).window_rows
-            window = int(np.searchsorted(edges, start - begin, side="right")) - 1
-            end = min(stop, begin + int(edges[window + 1]))
-            offset = begin + int(edges[window])
+            # The method: the function of the same name costs as much again, on the path of every step.
+            window = int(edges.searchsorted(start - begin, "right")) - 1
+            offset, after = begin + edges.item(window), begin + edges.item(window + 1)
+            end = min(stop, after)
             yield Segment(epoch, lane, window, start - offset, end - offset)
             start = end
 
@@ -312,3 +343,12 @@ class Order:
     def batch(self, consumed: int, size: int) -> I64:
         """Row ids of a whole global batch, in canonical order."""
         return self.rank_batch(consumed, size, 0, 1)
+
+    def dropped(self, epochs: int, global_batch: int, consumed: int = 0) -> Dropped:
+        """What a run of `epochs` that has consumed `consumed` samples leaves out at its end with `end: drop`."""
+        size = max(0, epochs * self.num_rows - consumed) % global_batch
+        parts = self.segments(epochs * self.num_rows - size, size)
+        none = [np.zeros(0, np.int64)]
+        ids = [self.window_ids(s.epoch, s.lane, s.window)[s.lo : s.hi] for s in parts]
+        of = [np.full(s.hi - s.lo, s.epoch, np.int64) for s in parts]
+        return Dropped(np.concatenate(none + of), np.concatenate(none + ids))
