@@ -25,7 +25,7 @@ import fsspec
 
 from dltrain.errors import StoreError
 
-__all__ = ["Store", "explain", "filesystem", "open_store"]
+__all__ = ["Store", "explain", "filesystem", "open_store", "s3_options"]
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
@@ -194,7 +194,7 @@ def filesystem(url: str | os.PathLike[str]) -> tuple[Any, str]:
     if is_s3 and not text.partition("://")[2].strip("/"):
         raise StoreError(f"{text}: names no bucket; write s3://bucket/path")
     try:
-        fs, path = fsspec.core.url_to_fs(text, **(_s3_options() if is_s3 else {}))
+        fs, path = fsspec.core.url_to_fs(text, **(s3_options() if is_s3 else {}))
     except (ValueError, ImportError) as error:
         raise StoreError(
             f"{text}: {error}; use a path, file://, s3:// or another URL that fsspec has a backend for"
@@ -204,7 +204,8 @@ def filesystem(url: str | os.PathLike[str]) -> tuple[Any, str]:
     return fs, str(path)
 
 
-def _s3_options() -> dict[str, Any]:
+def s3_options() -> dict[str, Any]:
+    """What s3fs is opened with, from the environment: endpoint, region, timeouts, addressing."""
     variable, endpoint = _endpoint()
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise StoreError(f"{variable} is {endpoint!r}, which is no URL; begin it with http:// or https://")

@@ -91,7 +91,7 @@ class BatchStream:
         end: Literal["wrap", "drop"],
     ) -> None:
         self.catalog, self._collate = catalog, collate
-        self._reader = UnitReader(catalog, columns)
+        self._columns = columns
         self._global_batch, self._seed = global_batch, seed
         self._rank, self._num_ranks = rank, num_ranks
         self._epochs, self._drops = epochs, end == "drop"
@@ -168,6 +168,7 @@ class BatchStream:
 
     def _open(self) -> TrainStream:
         order = Order(self.catalog.unit_rows.tolist(), self._num_lanes, self._window_units, self._seed)
+        self._reader = UnitReader(self.catalog, self._columns)
         stream = TrainStream(
             Mixture([order], [1]),
             [self._reader],
@@ -186,6 +187,7 @@ class BatchStream:
         """Ends the threads; iterating again goes on from where it was."""
         if self._stream:
             self._stream.close()
+            self._reader.close()
             self._stream = None
 
     def __enter__(self) -> BatchStream:

@@ -27,7 +27,7 @@ from dltrain.data.batch import Batch, Keys
 from dltrain.data.identity import BatchSum
 from dltrain.data.mixture import Mixture
 from dltrain.data.prefetch import Prefetcher
-from dltrain.data.windows import HINT, Units, Window, Windows, one_batch, stand_ins
+from dltrain.data.windows import HINT, Units, Window, Windows, gather, one_batch, stand_ins
 from dltrain.errors import BadRowsError, DataError, DltrainError
 
 __all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
@@ -255,8 +255,8 @@ class TrainStream:
         parts, at = [], 0
         for row in sorted(set(bad)):
             window = mine.origin(some[row]).window
-            other = int(stand_ins(mine.ids[some[row] : some[row] + 1], window.rows.num_rows, turns[row])[0])
-            parts += [rows.slice(at, row - at), window.rows.slice(other, 1)]
+            other = int(stand_ins(mine.ids[some[row] : some[row] + 1], len(window.ids), turns[row])[0])
+            parts += [rows.slice(at, row - at), gather([(window, other, other + 1)])]
             at = row + 1
         return pa.concat_batches([*parts, rows.slice(at)])
 
@@ -266,16 +266,15 @@ class TrainStream:
         return Batch(0, **self._micro(first, range(1), []).tensors)
 
     def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
-        rows, epochs, ids, windows = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
+        epochs, ids, pieces = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
         for part in self._mixture.segments(at, size, rank, num_ranks):
             s = part.segment
             window = self._windows[part.source].get(s.epoch, s.lane, s.window)
-            rows.append(window.rows.slice(s.lo, s.hi - s.lo))
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi] + self._first_ids[part.source])
-            windows.append(_Piece(window, s.lo, s.hi, part.source, s.epoch))
-        joined = pa.concat_batches(rows) if rows else None
-        return _Rows(joined, np.concatenate(epochs), np.concatenate(ids), windows)
+            pieces.append(_Piece(window, s.lo, s.hi, part.source, s.epoch))
+        rows = gather([p[:3] for p in pieces]) if pieces else None
+        return _Rows(rows, np.concatenate(epochs), np.concatenate(ids), pieces)
 
     def _listed(self, mine: _Rows, row: int, reason: str) -> Replaced:
         piece = mine.origin(row)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -22,10 +23,12 @@ from dltrain.data.identity import U64, hash_ids, running_sums
 from dltrain.data.order import Order, Segment, Span, key, mix64
 from dltrain.errors import DataError
 
-__all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
+__all__ = ["Units", "Window", "Windows", "gather", "one_batch", "stand_ins"]
 
 I64 = npt.NDArray[np.int64]
 _THREADS = 4
+# Smaller rows are shuffled when their window is loaded: picking them one by one takes longer than a second copy.
+_LARGE_ROW_BYTES = 2048
 # The purpose of a derived key; the others are in `order` and `identity`.
 _STAND_IN = 11
 HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
@@ -43,17 +46,39 @@ class Units(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """A window's rows in shuffled order, and running sums of their hashes: what a step needs is a slice.
+    """A window's items: its rows in shuffled order, with running sums of their hashes.
 
     Attributes:
+        chunks: the rows; index: item -> row of the chunks laid end to end, None where they are in order already.
         sums: (2, rows + 1).
         bad: item -> why another row stands in its place.
     """
 
-    rows: pa.RecordBatch
+    chunks: list[pa.RecordBatch]
+    index: I64 | None
     ids: I64
     sums: U64
     bad: Mapping[int, str] = field(default_factory=dict)
+
+    def parts(self, lo: int, hi: int) -> list[pa.RecordBatch]:
+        """Items [lo, hi), as slices."""
+        if self.index is None:
+            return [self.chunks[0].slice(lo, hi - lo)]
+        rows = self.index[lo:hi]
+        which = np.searchsorted(self.edges, rows, side="right") - 1
+        places = zip(which.tolist(), (rows - self.edges[which]).tolist(), strict=True)
+        # Row by row: pyarrow's own take lays all chunks end to end first.
+        return [self.chunks[chunk].slice(row, 1) for chunk, row in places]
+
+    @cached_property
+    def edges(self) -> I64:
+        """Row at which each chunk begins."""
+        return np.cumsum([0, *(chunk.num_rows for chunk in self.chunks[:-1])])
+
+
+def gather(pieces: Sequence[tuple[Window, int, int]]) -> pa.RecordBatch:
+    """Items [lo, hi) of each window, one after the other: the one copy between decoding and a batch."""
+    return pa.concat_batches([part for window, lo, hi in pieces for part in window.parts(lo, hi)])
 
 
 class Windows:
@@ -127,8 +152,12 @@ class Windows:
         bad: dict[int, str] = {}
         if reasons:
             tables, perm, bad = self._around(spans, tables, reasons, perm, ids)
-        rows = one_batch(pa.concat_tables([t for t in tables if t is not None])).take(pa.array(perm))
-        return Window(rows, ids, running_sums(hash_ids(self._order.seed, epoch, ids)), bad)
+        table = pa.concat_tables([t for t in tables if t is not None])
+        sums = running_sums(hash_ids(self._order.seed, epoch, ids))
+        if table.nbytes > _LARGE_ROW_BYTES * table.num_rows:
+            # Left where they were decoded: each batch gathers its rows, and nothing is copied twice.
+            return Window(table.to_batches(), perm, ids, sums, bad)
+        return Window([one_batch(table).take(pa.array(perm))], None, ids, sums, bad)
 
     def _read(self, spans: Sequence[Span]) -> tuple[list[pa.Table | None], dict[int, str]]:
         """The spans' rows, None where they can't be decoded, and why not."""

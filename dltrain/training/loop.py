@@ -84,6 +84,7 @@ class Loop:
             yield Done(self._job.rank, self.step, stopped)
         finally:
             self._stream.close()
+            self._reader.close()
             if self._pool:
                 self._pool.close()
 
@@ -106,11 +107,12 @@ class Loop:
             self._eval_reader = UnitReader(self._eval, columns)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
         order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
+        self._reader = UnitReader(train, columns)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
             Mixture([order], [1]),
-            [UnitReader(train, columns)],
+            [self._reader],
             self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,

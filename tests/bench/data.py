@@ -3,9 +3,10 @@
     python tests/bench/data.py [--rounds 3] [--megabytes 400] [--where local,s3] [--kinds images,tokens]
                                [--json] [--png bench-data.png]
 
-Every reader runs in a process of its own, turn and turn about, and yields shuffled batches of 256 rows as torch
-tensors; the limit reads row groups in order with pyarrow and makes no batches. S3 is Ceph's gateway on loopback,
-all in memory. MB/s counts decoded bytes; CPU is of the reader's processes, first batch from opening the dataset.
+Every reader runs in a process of its own, turn and turn about, with the malloc settings of dltrain's workers, and
+yields shuffled batches of 256 rows as torch tensors; the limit reads row groups in order with pyarrow and makes no
+batches. S3 is Ceph's gateway on loopback, all in memory. MB/s counts decoded bytes; CPU is of the reader's
+processes, first batch from opening the dataset.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "e2e")]
+
+from dltrain.running.agent import MEMORY  # noqa: E402
+
 BATCH = 256
 FILES, GROUPS = 16, 4
 # Bytes of a row: a uint8 image of 64 x 64 x 3 with its label; 2,048 int32 tokens.
@@ -218,7 +222,7 @@ def _rounds(
         for reader in options.readers.split(","):
             print(f"  {where} {kind}, round {number + 1}/{options.rounds}: {reader}", file=sys.stderr, flush=True)
             command = [sys.executable, str(HERE), "--one", reader, url, str(num_bytes)]
-            done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+            done = subprocess.run(command, env={**MEMORY, **os.environ, **env}, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{reader} failed:\n{done.stderr}")
             found.setdefault(reader, []).append(json.loads(done.stdout.splitlines()[-1]))
