@@ -66,9 +66,21 @@ def _import_slow_things() -> None:
     import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401
     from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
-    from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
+    _import_muon()
     from dltrain.training import loop  # noqa: F401
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports this optimizer for every engine and has its arithmetic compiled, though no spec can ask for
+    it: with it would come torch's code generator, a second of every start."""
+    from deepspeed.runtime import compiler
+
+    compiles, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiles
 
 
 def _run(job: RankJob, connection: Connection) -> int:
