@@ -211,6 +211,21 @@ class FaultsSpec(_Model):
     """A step whose loss or gradients are not finite: `skip` the update and go on, or `stop` the run."""
     restarts_per_hour: int = Field(default=10, ge=0)
     """More restarts than this within an hour end the run."""
+    lease_seconds: float = Field(default=2.5, gt=0)
+    """A worker ends when its agent has not heard from the driver for so long."""
+    silent_seconds: float = Field(default=4.0, gt=0)
+    """An agent that has not answered for so long is lost; more than `lease_seconds`."""
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """A step in which no rank has moved for so long is a hang; default: 10, or ten times the slowest steps."""
+
+    @model_validator(mode="after")
+    def _silence(self) -> FaultsSpec:
+        if self.silent_seconds <= self.lease_seconds:
+            raise ValueError(
+                f"silent_seconds {self.silent_seconds:g} must be more than lease_seconds {self.lease_seconds:g}: "
+                "a machine that is cut off must be quiet before another takes its place"
+            )
+        return self
 
 
 class JobSpec(_Model):

@@ -3,7 +3,7 @@
     checkpoints/step-00000200/a0001/rank-00000.safetensors ...
     checkpoints/step-00000200/a0001/manifest.json
 
-    file = write_rank(store, step, attempt, rank, tensors)     # every rank
+    file = write_rank(store, step, attempt, rank, data)        # every rank's agent
     commit(store, step, attempt, files, meta)                  # the driver, once all files are there
     found = newest_good(store, say)
 
@@ -18,15 +18,25 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dltrain.errors import CheckpointError, UserError
 from dltrain.store import Store
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Checkpoint", "commit", "discard", "list_checkpoints", "newest_good", "prune", "verify", "write_rank"]
+__all__ = [
+    "Checkpoint",
+    "commit",
+    "directory",
+    "discard",
+    "find",
+    "list_checkpoints",
+    "newest_good",
+    "prune",
+    "rank_file",
+    "require_format",
+    "verify",
+    "write_rank",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -55,21 +65,20 @@ def directory(step: int, attempt: int) -> str:
     return f"step-{step:08d}/a{attempt:04d}"
 
 
-def write_rank(
-    store: Store, step: int, attempt: int, rank: int, tensors: Mapping[str, torch.Tensor], parts: Sequence[Any]
-) -> dict[str, Any]:
-    """Writes one rank's file, and describes it for the manifest.
+def write_rank(store: Store, step: int, attempt: int, rank: int, data: bytes) -> dict[str, Any]:
+    """Writes one rank's file, and describes it for the manifest, which also wants the file's `parts`.
 
     Args:
-        tensors: key -> CPU tensor.
-        parts: [name, kind, shape, key, offset, length] of each fragment among them.
+        data: a safetensors file.
     """
-    from safetensors.torch import save
-
-    name = f"rank-{rank:05d}.safetensors"
-    data = save(dict(tensors))
+    name = rank_file(rank)
     store.write(f"{directory(step, attempt)}/{name}", data)
-    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "parts": list(parts)}
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's file in a checkpoint."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def commit(store: Store, step: int, attempt: int, files: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
@@ -86,14 +95,28 @@ def discard(store: Store, step: int, attempt: int) -> None:
 
 
 def list_checkpoints(store: Store) -> list[Checkpoint]:
-    """Committed checkpoints, oldest first; of one step the highest attempt's."""
+    """Committed checkpoints, oldest first; of one step the highest attempt's.
+
+    What an attempt committed is left out when a later attempt committed an earlier step: it came from a process that
+    did not know it had been replaced.
+    """
     newest: dict[int, str] = {}
     for name in store.list():
         parts = name.split("/")
         if len(parts) == 3 and parts[2] == MANIFEST and parts[0].startswith("step-"):
             newest[int(parts[0][5:])] = name
+    kept: list[int] = []
+    attempt = 0
+    for step in sorted(newest, key=lambda s: (_attempt(newest[s]), s)):
+        kept = [s for s in kept if s < step] if _attempt(newest[step]) > attempt else kept
+        attempt = _attempt(newest[step])
+        kept.append(step)
     with ThreadPoolExecutor(8) as pool:
-        return [c for c in pool.map(lambda s: _read(store, newest[s]), sorted(newest)) if c]
+        return [c for c in pool.map(lambda s: _read(store, newest[s]), kept) if c]
+
+
+def _attempt(name: str) -> int:
+    return int(name.split("/")[1][1:])
 
 
 def _read(store: Store, name: str) -> Checkpoint | None:

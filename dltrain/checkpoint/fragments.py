@@ -9,9 +9,9 @@ padding never. Where they live differs by ZeRO stage; `_layout` knows, nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,22 @@ from torch import nn
 
 from dltrain.errors import CheckpointError
 
-__all__ = ["Fragment", "average_buffers", "buffers", "collect", "frozen", "restore", "restore_frozen", "ties"]
+__all__ = [
+    "Fragment",
+    "Piece",
+    "Source",
+    "average_buffers",
+    "buffers",
+    "collect",
+    "frozen",
+    "mean_of_buffers",
+    "owners",
+    "restore",
+    "restore_frozen",
+    "sources",
+    "tensor_ids",
+    "ties",
+]
 
 Read = Callable[[str, str, int, int], torch.Tensor]
 # Moments that an optimizer may keep per element.
@@ -62,18 +77,78 @@ class _Slice:
 # ---- out ----
 
 
+class Piece(NamedTuple):
+    """Elements [offset, offset + length) of the flattened tensor `name`: [start, start + length) of a source."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What this rank saves of one tensor of the optimizer: its elements [lo, hi), flattened.
+
+    Whole tensors, since a few large copies take less time than many small ones; `pieces` says whose they are.
+    """
+
+    kind: str
+    tensor: torch.Tensor
+    lo: int
+    hi: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The elements themselves, not a copy."""
+        return self.tensor.detach().reshape(-1)[self.lo : self.hi]
+
+
+def sources(engine: Any, rank: int, num_ranks: int) -> list[Source]:
+    """Everything this rank owns; padding may lie between the pieces."""
+    by_owner: dict[int, list[_Slice]] = {}
+    for piece in _layout(engine):
+        by_owner.setdefault(id(piece.owner), []).append(piece)
+    state = _inner(engine).state
+    make = _of_shard if _sharded(engine) else _of_share
+    found: list[Source] = []
+    for slices in by_owner.values():
+        found += [s for kind, t in _tensors(slices[0].owner, state) if (s := make(kind, t, slices, rank, num_ranks))]
+    return found
+
+
+def _of_shard(kind: str, tensor: torch.Tensor, slices: list[_Slice], _rank: int, _num_ranks: int) -> Source:
+    pieces = tuple(Piece(s.name, s.shape, s.offset, s.length, s.start) for s in slices)
+    return Source(kind, tensor, 0, tensor.numel(), pieces)
+
+
+def _of_share(kind: str, tensor: torch.Tensor, slices: list[_Slice], rank: int, num_ranks: int) -> Source | None:
+    """ZeRO 0: every rank has everything; each writes an even share of each tensor."""
+    (whole,) = slices
+    lo, hi = rank * whole.length // num_ranks, (rank + 1) * whole.length // num_ranks
+    return Source(kind, tensor, lo, hi, (Piece(whole.name, whole.shape, lo, hi - lo, 0),)) if lo < hi else None
+
+
+def tensor_ids(engine: Any, owners: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Which tensors the optimizer has for them now: other ones need other sources."""
+    state = _inner(engine).state
+    return tuple(id(tensor) for owner in owners for _, tensor in _tensors(owner, state))
+
+
+def owners(found: Sequence[Source]) -> list[torch.Tensor]:
+    """The tensors that the optimizer steps, of which the others are moments."""
+    return [source.tensor for source in found if source.kind == "param"]
+
+
 def collect(engine: Any, rank: int, num_ranks: int) -> list[Fragment]:
     """Copies of what this rank owns, in host memory."""
-    state = _inner(engine).state
     found: list[Fragment] = []
-    for piece in _layout(engine):
-        # ZeRO 0: every rank has everything; each writes an even share of each tensor.
-        lo, hi = (0, piece.length) if _sharded(engine) else _share(piece.length, rank, num_ranks)
-        if lo == hi:
-            continue
-        for kind, tensor in _tensors(piece.owner, state):
-            values = piece.of(tensor)[lo:hi].to("cpu", torch.float32, copy=True)
-            found.append(Fragment(piece.name, kind, piece.shape, piece.offset + lo, values))
+    for source in sources(engine, rank, num_ranks):
+        values = source.values.to("cpu", torch.float32, copy=True)
+        for p in source.pieces:
+            found.append(Fragment(p.name, source.kind, p.shape, p.offset, values[p.start : p.start + p.length]))
     return found
 
 
@@ -83,10 +158,6 @@ def _tensors(owner: torch.Tensor, state: Any) -> Iterator[tuple[str, torch.Tenso
     for kind in _KINDS:
         if isinstance(moments.get(kind), torch.Tensor):
             yield kind, moments[kind]
-
-
-def _share(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    return rank * length // num_ranks, (rank + 1) * length // num_ranks
 
 
 # ---- in ----
@@ -231,6 +302,14 @@ def average_buffers(module: nn.Module) -> None:
             parts = torch.split(flat, [tensor.numel() for tensor in tensors])
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+
+def mean_of_buffers(ranks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What `average_buffers` would have made of the ranks' values of one buffer."""
+    stacked = torch.stack(list(ranks))
+    if stacked.is_floating_point() or stacked.is_complex():
+        return stacked.to(torch.complex128 if stacked.is_complex() else torch.float64).mean(0).to(stacked.dtype)
+    return stacked.amax(0)
 
 
 def frozen(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load
 
 from dltrain.checkpoint.commit import Checkpoint, require_format
+from dltrain.checkpoint.fragments import mean_of_buffers
 from dltrain.errors import CheckpointError
-from dltrain.store import Store
 
-__all__ = ["FragmentReader"]
+__all__ = ["FragmentReader", "Readable"]
 
 # Below this a file is read whole, once: a store answers one large request sooner than many small ones.
 _WHOLE_BYTES = 64 * 1024 * 1024
 
 
+class Readable(Protocol):
+    """All that is asked of a store here."""
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """A file, or its bytes [start, end)."""
+
+
 class _File:
     """A safetensors file of which the wanted elements are read."""
 
-    def __init__(self, store: Store, path: str, num_bytes: int) -> None:
+    def __init__(self, store: Readable, path: str, num_bytes: int) -> None:
         self._store, self._path = store, path
         self._whole = load(store.read(path)) if num_bytes <= _WHOLE_BYTES else None
         self._header = None if self._whole is not None else self._read_header()
@@ -51,25 +58,32 @@ class _File:
 
     def whole(self, key: str) -> torch.Tensor:
         """A tensor of any type and shape."""
-        if self._whole is None:
-            self._whole = load(self._store.read(self._path))
-        return self._whole[key]
+        if self._whole is not None:
+            return self._whole[key]
+        assert self._header is not None
+        entry = self._header[key]
+        begin, end = entry["data_offsets"]
+        head = json.dumps({key: {**entry, "data_offsets": [0, end - begin]}}).encode()
+        start = self._header["__start__"]
+        # A file of this tensor alone, so that the library knows its type.
+        data = self._store.read(self._path, start + begin, start + end)
+        return load(len(head).to_bytes(8, "little") + head + data)[key]
 
 
 class FragmentReader:
     """Random access to a checkpoint's tensors."""
 
-    def __init__(self, store: Store, checkpoint: Checkpoint) -> None:
+    def __init__(self, store: Readable, checkpoint: Checkpoint) -> None:
         require_format(checkpoint.manifest)
         self._store, self._checkpoint = store, checkpoint
         self._files: dict[str, _File] = {}
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        # parts: (name, kind) -> [(offset, length, file, key)], by offset
-        self._parts: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        # parts: (name, kind) -> [(offset, length, file, key, start)], by offset
+        self._parts: dict[tuple[str, str], list[tuple[int, int, str, str, int]]] = {}
         for file in checkpoint.manifest["files"]:
-            for name, kind, shape, key, offset, length in file["parts"]:
+            for name, kind, shape, key, offset, length, start in file["parts"]:
                 self.shapes[name, kind] = tuple(shape)
-                self._parts.setdefault((name, kind), []).append((offset, length, file["name"], key))
+                self._parts.setdefault((name, kind), []).append((offset, length, file["name"], key, start))
         for parts in self._parts.values():
             parts.sort()
 
@@ -92,10 +106,10 @@ class FragmentReader:
         return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, torch.zeros(0)])
 
     def _pieces(self, name: str, kind: str, begin: int, end: int) -> Iterator[torch.Tensor]:
-        for offset, length, file, key in self._parts.get((name, kind), ()):
+        for offset, length, file, key, start in self._parts.get((name, kind), ()):
             lo, hi = max(begin, offset), min(end, offset + length)
             if lo < hi:
-                yield self._file(file).tensor(key, lo - offset, hi - offset)
+                yield self._file(file).tensor(key, start + lo - offset, start + hi - offset)
 
     def tensor(self, name: str, kind: str = "param") -> torch.Tensor:
         """A whole tensor in its shape."""
@@ -107,6 +121,15 @@ class FragmentReader:
         keys = [k for k in self._checkpoint.manifest.get("whole", ()) if k.startswith(prefix)]
         first = self._checkpoint.manifest["files"][0]["name"]
         return {k.removeprefix(prefix): self._file(first).whole(k).clone() for k in keys}
+
+    def buffers(self, rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
+        """Buffers by name: the rank's own where as many ranks saved them, else what they are on average."""
+        files = [f["name"] for f in self._checkpoint.manifest["files"]]
+        keys = [k for k in self._checkpoint.manifest.get("whole", ()) if k.startswith("buffer:")]
+        mine = [files[rank]] if len(files) == num_ranks else files
+        return {
+            k.removeprefix("buffer:"): mean_of_buffers([self._file(f).whole(k).clone() for f in mine]) for k in keys
+        }
 
     @property
     def names(self) -> list[str]:

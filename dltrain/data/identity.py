@@ -32,6 +32,10 @@ class BatchSum:
         first, second = (self.first + other.first) & _MASK, (self.second + other.second) & _MASK
         return BatchSum(self.count + other.count, first, second)
 
+    def __sub__(self, other: BatchSum) -> BatchSum:
+        first, second = (self.first - other.first) & _MASK, (self.second - other.second) & _MASK
+        return BatchSum(self.count - other.count, first, second)
+
     @classmethod
     def of(cls, hashes: U64) -> BatchSum:
         """Of `hash_ids`, or of any columns of it."""

@@ -19,7 +19,7 @@ from dltrain.observing.ledger import STATES
 
 __all__ = ["RESTART_REASONS", "Metrics"]
 
-RESTART_REASONS = ("exit", "signal", "exception", "agent")
+RESTART_REASONS = ("exit", "signal", "exception", "agent", "hang")
 PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
@@ -54,6 +54,7 @@ class Metrics:
         # run: shape and health
         self.world_size = gauge("world_size", "Ranks training now")
         self.restarts = counter("restarts_total", "Attempts that were started again", "reason")
+        self.snapshot_every = gauge("snapshot_every_steps", "Steps between snapshots in memory, 0 before the first")
         self.checkpoint_time = gauge("checkpoint_last_success_timestamp_seconds", "When the last one was committed")
         self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the last checkpoint")
         self.checkpoint_seconds = counter("checkpoint_seconds_total", "Seconds that saving held training up")

@@ -1,6 +1,8 @@
 """What a rank tells the driver, in the order it happens; plain values, picklable, no torch.
 
-Note* -> Ready -> (StepReport | EvalReport | Saved | SaveFailed)* -> Done | Raised
+Note* -> Ready -> (StepReport | EvalReport | SlotsMade | SaveWanted)* -> Done | Raised
+
+The agent adds Saved or SaveFailed for each SaveWanted.
 """
 
 from __future__ import annotations
@@ -9,7 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PHASES", "Done", "EvalReport", "Note", "Raised", "Ready", "Report", "SaveFailed", "Saved", "StepReport"]
+__all__ = [
+    "PHASES",
+    "Done",
+    "EvalReport",
+    "Note",
+    "Raised",
+    "Ready",
+    "Report",
+    "SaveFailed",
+    "SaveWanted",
+    "Saved",
+    "SlotsMade",
+    "StepReport",
+]
 
 PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
 
@@ -44,6 +59,7 @@ class StepReport:
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.
         replaced: (source, epoch, row id, reason) of each row that another one was trained in the place of.
+        time: wall clock at its end; snapshot_every: steps between snapshots in memory, 0 for none.
     """
 
     rank: int
@@ -61,6 +77,9 @@ class StepReport:
     phases: Mapping[str, float]
     ready: int = 0
     replaced: tuple[tuple[int, int, int, str], ...] = ()
+    time: float = 0.0
+    snapshot_every: int = 0
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +94,42 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class SlotsMade:
+    """This rank's memory for snapshots: file descriptors of its process, and what is where in each of them."""
+
+    rank: int
+    fds: tuple[int, ...]
+    num_bytes: int
+    parts: list[list[Any]]
+    whole: list[str]
+    ties: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SaveWanted:
+    """A checkpoint's snapshot is in a slot, which is kept until the agent has written it to the store.
+
+    Attributes:
+        applied: updates that the optimizer has made.
+        seconds: that training stood still for it.
+        must: it is not left out when the one before is still being written.
+    """
+
+    rank: int
+    step: int
+    position: int
+    slot: int
+    applied: int
+    seconds: float
+    must: bool = False
+
+
+@dataclass(frozen=True)
 class Saved:
-    """This rank's file of a checkpoint is in the store; `meta` is what rank 0 adds for the whole."""
+    """This rank's file of a checkpoint is in the store; `meta` is what rank 0 adds for the whole.
+
+    `seconds`: that writing it took, while training went on.
+    """
 
     rank: int
     step: int
@@ -88,7 +141,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class SaveFailed:
-    """This rank could not write its file; training goes on."""
+    """This rank's file could not be written; training goes on."""
 
     rank: int
     step: int
@@ -116,11 +169,11 @@ class Raised:
 
 @dataclass(frozen=True)
 class Done:
-    """The rank has trained to the end, or to a stop request."""
+    """The rank has trained to the end, or to the step at which all ranks agreed to `stop`, `pause` or `drain`."""
 
     rank: int
     step: int
-    stopped: bool
+    why: str = ""
 
 
-Report = Ready | Note | StepReport | EvalReport | Saved | SaveFailed | Raised | Done
+Report = Ready | Note | StepReport | EvalReport | SlotsMade | SaveWanted | Saved | SaveFailed | Raised | Done

@@ -1,43 +1,47 @@
-"""The agent: a Ray actor per slot that starts, watches and kills the worker process under it.
+"""The agent: a Ray actor per rank slot that starts, watches and kills the worker process under it.
 
     agent = ray.remote(Agent).options(...).remote(device="cpu", num_threads=1)
     ray.get(agent.hello.remote()); agent.start.remote(job); agent.poll.remote(0.3)
 
-A worker is started at once and kept waiting with its slow imports done, so that `start` costs no import.
+Its workers come from a nursery, where all that is slow is done already. It holds the snapshots of its rank and those of
+a buddy agent's, and writes checkpoints to the store. When it has not heard from the driver for as long as its lease, it
+ends its worker: a machine that is cut off is quiet before it is replaced.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import os
-import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
-from dltrain.observing.reports import StepReport
-from dltrain.running.lifecycle import Event, Exited
+from dltrain.checkpoint.commit import write_rank
+from dltrain.errors import DltrainError
+from dltrain.observing.reports import Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
+from dltrain.running import diagnose
+from dltrain.running.events import Event, Exited
+from dltrain.running.holdings import Holdings
+from dltrain.running.messages import Bytes, Command, Hello, Holding, Slots, Unpin, Want
+from dltrain.running.nursery import make_nursery
+from dltrain.store import open_store
 from dltrain.training.plan import RankJob
 
-__all__ = ["MEMORY", "Agent", "LogLine", "SlotInfo"]
+__all__ = ["Agent", "Leavings", "LogLine", "Pulse", "SlotInfo"]
 
 _TAIL_LINES = 30
 _DRAIN_SECONDS = 0.1
-# Memory that was freed is used again instead of being given back: a page's first touch costs more than a copy of
-# what is in it, and a step frees as much as it takes.
-MEMORY = {
-    "ARROW_DEFAULTMEMORY_POOL": "jemalloc",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(1024 * 1024 * 1024),
-}
+_LEASE_CHECK_SECONDS = 0.1
+# An agent whose driver is gone for good ends itself.
+_ORPHAN_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,29 @@ class SlotInfo:
     pid: int
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """An agent's answer to the driver's heartbeat: how its worker is.
+
+    Attributes:
+        still_seconds: since the worker's last sign of life; phase: what it was at.
+        leaving: this machine is to be left.
+    """
+
+    attempt: int
+    still_seconds: float
+    phase: str
+    leaving: bool
+
+
+@dataclass(frozen=True)
+class Leavings:
+    """What is left of an attempt: reports that were not asked for yet, and snapshots."""
+
+    reports: list[StepReport]
+    holdings: list[Holding]
+
+
 class Agent:
     """Keeps one worker process.
 
@@ -69,14 +96,23 @@ class Agent:
     """
 
     def __init__(self, device: str, num_threads: int) -> None:
-        self._device, self._num_threads = device, num_threads
         self._events: collections.deque[Event | LogLine] = collections.deque()
         self._wake = threading.Condition()
         self._urgent = False
         self._attempt = 0
-        self._spawner = _Spawner()
+        self._heard, self._lease = time.monotonic(), float("inf")
+        self._leaving = False
+        self._nursery = make_nursery(device, num_threads)
+        self._holdings = Holdings()
+        self._others: Mapping[str, Any] = {}
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="dltrain-upload")
+        self._uploading = 0
         self._worker: _Worker | None = None
-        self._standby: _Worker | None = self._spawn()
+        # Born as soon as the imports are done, while the driver still plans.
+        self._births = ThreadPoolExecutor(1, thread_name_prefix="dltrain-birth")
+        self._standby: Future[_Worker] | None = self._births.submit(self._spawn)
+        self._doorbell = diagnose.Doorbell(self._on_drain)
+        threading.Thread(target=self._watch_lease, name="dltrain-lease", daemon=True).start()
 
     def hello(self) -> SlotInfo:
         """Where this slot is."""
@@ -93,17 +129,25 @@ class Agent:
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    def start(self, job: RankJob) -> int:
-        """Gives the waiting worker its job; returns its process id."""
-        worker = self._standby
+    # ---- the worker ----
+
+    def start(self, job: RankJob, others: Mapping[str, Any] | None = None) -> int:
+        """Gives a worker its job; returns its process id.
+
+        Args:
+            others: name of a rank's file in memory -> the agent of another node that holds it, and its rank and step.
+        """
+        worker = self._standby.result() if self._standby else self._spawn()
         self._standby = None
-        if worker is None or worker.process.poll() is not None:
+        if not worker.child.alive():
             worker = self._spawn()
-        self._worker, self._attempt = worker, job.attempt
+        self._others = others or {}
+        self._worker, self._attempt, self._job = worker, job.attempt, job
+        self._heard = time.monotonic()
         worker.rank = job.rank
         with contextlib.suppress(OSError):  # it died: its exit is the news
             worker.connection.send(job)
-        return worker.process.pid
+        return int(worker.child.pid)
 
     def poll(self, seconds: float) -> tuple[int, list[Event | LogLine]]:
         """The attempt, and what happened in it; waits up to `seconds`, unless something other than a step happened."""
@@ -117,122 +161,225 @@ class Agent:
             return self._attempt, events
 
     def tell(self, command: str) -> None:
-        """Passes a command ("stop") to the worker."""
+        """Passes a wish ("stop", "pause", "drain") to the worker."""
         if self._worker:
-            with contextlib.suppress(OSError):
-                self._worker.connection.send(command)
+            self._worker.send(Command(command))
 
-    def kill(self) -> list[StepReport]:
-        """Ends the worker at once and starts the next one; returns the steps that were not asked for yet."""
+    def kill(self) -> Leavings:
+        """Ends the worker at once; returns what it left."""
         if self._worker:
             self._worker.kill()
             self._worker = None
         with self._wake:
             left = [event for event in self._events if isinstance(event, StepReport)]
             self._events.clear()
-        if self._standby is None or self._standby.process.poll() is not None:
-            self._standby = self._spawn()
-        return left
+        return Leavings(left, self._holdings.all())
 
     def close(self) -> None:
         """Ends every process under this agent."""
-        for worker in (self._worker, self._standby):
-            if worker:
-                worker.kill()
+        self._doorbell.close()
+        # Those that come from it end with it.
+        self._nursery.close()
+        if self._worker:
+            self._worker.kill()
+
+    # ---- the driver's heartbeat ----
+
+    def beat(self, lease_seconds: float) -> Pulse:
+        """The driver is alive: the lease begins anew."""
+        self._heard, self._lease = time.monotonic(), lease_seconds
+        still, phase = self._worker.still() if self._worker else (0.0, "starting")
+        return Pulse(self._attempt, still, phase, self._leaving)
+
+    def _watch_lease(self) -> None:
+        while True:
+            time.sleep(_LEASE_CHECK_SECONDS)
+            silent = time.monotonic() - self._heard
+            worker = self._worker
+            if silent > self._lease and worker and worker.child.alive():
+                worker.end()
+            if silent > _ORPHAN_SECONDS and self._lease < float("inf"):
+                self.close()
+                os._exit(0)
+
+    def stacks(self) -> str:
+        """What the worker is doing, told from outside."""
+        return diagnose.stack_of(self._worker.child.pid) if self._worker else "there is no worker"
+
+    # ---- snapshots ----
+
+    def hold(self, slots: Slots) -> bool:
+        """Holds another agent's slots open as well, so that they outlive it; False when they are gone already."""
+        return self._holdings.open(slots, mine=False) is not None
+
+    def my_slots(self) -> Slots | None:
+        """This rank's, as others can open them."""
+        return self._holdings.mine()
+
+    def forget(self, attempt: int) -> None:
+        """Snapshots of attempts before this one are not needed any more."""
+        self._holdings.forget(attempt)
+
+    def reports_of(self, rank: int) -> list[StepReport]:
+        """The newest reports of a rank whose agent is gone."""
+        return self._holdings.reports(rank)
+
+    def read(self, attempt: int, rank: int, step: int, start: int, end: int) -> bytes | None:
+        """Bytes of a snapshot held here, for a worker on another node."""
+        return self._holdings.read(attempt, rank, step, start, end)
+
+    def copy(self, attempt: int, rank: int, step: int) -> tuple[Holding, bytes] | None:
+        """A whole snapshot with its description, for a buddy on another node."""
+        return self._holdings.copy(attempt, rank, step)
+
+    def keep(self, holding: Holding, data: bytes, reports: list[bytes]) -> bool:
+        """Keeps a copy of a snapshot that lies on another node."""
+        self._holdings.keep(holding, data, reports)
+        return True
+
+    # ---- inside ----
+
+    def _on_drain(self) -> None:
+        """`dltrain drain` on this node; the driver hears of it with its heartbeat."""
+        self._leaving = True
 
     def _spawn(self) -> _Worker:
-        return self._spawner.call(lambda: _Worker(self._device, self._num_threads, self._push))
+        return _Worker(self._nursery.take, self._push)
 
-    def _push(self, worker: _Worker, event: Event | LogLine) -> None:
-        if worker.killed or (worker is not self._worker and not isinstance(event, LogLine)):
+    def _push(self, worker: _Worker, report: Any) -> None:
+        if worker.killed or (worker is not self._worker and not isinstance(report, LogLine)):
             return
-        if isinstance(event, LogLine) and event.rank < 0:
-            return
+        match report:
+            case LogLine(rank=-1):
+                return
+            case Hello():
+                worker.watch(report.box_fd)
+            case SlotsMade():
+                self._holdings.open(_slots_of(report, worker, self._attempt), mine=True)
+                self._push_event(report)
+            case SaveWanted():
+                self._push_event(report)
+                self._save(worker, report)
+            case Want():
+                threading.Thread(target=self._fetch, args=(worker, report), daemon=True).start()
+            case _:
+                self._push_event(report)
+
+    def _push_event(self, event: Report | Event | LogLine) -> None:
         with self._wake:
             self._events.append(event)
-            if not isinstance(event, StepReport | LogLine) or (isinstance(event, StepReport) and event.step <= 1):
+            if not isinstance(event, StepReport | LogLine) or self._first(event):
                 self._urgent = True
                 self._wake.notify_all()
 
+    def _first(self, event: StepReport | LogLine) -> bool:
+        """Whether it is the attempt's first step, which is waited for."""
+        return isinstance(event, StepReport) and event.step <= self._job.step + 1
 
-class _Spawner:
-    """A thread that lives as long as the agent and starts the processes.
+    def _fetch(self, worker: _Worker, want: Want) -> None:
+        import ray
 
-    PR_SET_PDEATHSIG fires when the spawning thread ends, and the threads that carry an actor's calls may.
-    """
+        agent, attempt, rank, step = self._others[want.name]
+        data = None
+        with contextlib.suppress(ray.exceptions.RayError):
+            data = ray.get(agent.read.remote(attempt, rank, step, want.start, want.end))
+        worker.send(Bytes(data))
 
-    def __init__(self) -> None:
-        self._calls: queue.Queue[tuple[Callable[[], _Worker], queue.Queue[Any]]] = queue.Queue()
-        threading.Thread(target=self._run, name="dltrain-spawner", daemon=True).start()
+    # ---- checkpoints ----
 
-    def call(self, make: Callable[[], _Worker]) -> _Worker:
-        answer: queue.Queue[Any] = queue.Queue()
-        self._calls.put((make, answer))
-        result = answer.get()
-        if isinstance(result, BaseException):
-            raise result
-        assert isinstance(result, _Worker)
-        return result
+    def _save(self, worker: _Worker, wanted: SaveWanted) -> None:
+        if self._uploading and not wanted.must:
+            # Its slot is free at once; another one is pinned.
+            worker.send(Unpin(wanted.slot))
+            reason = "the one before is still being written; save less often (checkpoint.every)"
+            self._push_event(SaveFailed(wanted.rank, wanted.step, reason, 0.0))
+            return
+        self._uploading += 1
+        self._uploads.submit(self._upload, worker, wanted, self._job)
 
-    def _run(self) -> None:
-        while True:
-            make, answer = self._calls.get()
-            try:
-                answer.put(make())
-            except BaseException as error:
-                answer.put(error)
+    def _upload(self, worker: _Worker, wanted: SaveWanted, job: RankJob) -> None:
+        begin = time.monotonic()
+        event: Saved | SaveFailed
+        try:
+            file, meta = self._write(wanted, job)
+            event = Saved(wanted.rank, wanted.step, wanted.position, file, time.monotonic() - begin, meta)
+        except (OSError, DltrainError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            event = SaveFailed(wanted.rank, wanted.step, reason, time.monotonic() - begin)
+        self._uploading -= 1
+        worker.send(Unpin(wanted.slot))
+        if job.attempt == self._attempt:
+            self._push_event(event)
+
+    def _write(self, wanted: SaveWanted, job: RankJob) -> tuple[dict[str, Any], dict[str, Any]]:
+        slots = self._holdings.mine()
+        assert slots is not None
+        data = self._holdings.slot_bytes(wanted.slot)
+        file = write_rank(open_store(job.checkpoints), wanted.step, job.attempt, job.rank, data)
+        meta = {"optimizer_step": wanted.applied, "whole": slots.whole, "ties": dict(slots.ties)}
+        return {**file, "parts": slots.parts}, meta if job.rank == 0 else {}
+
+
+def _slots_of(made: SlotsMade, worker: _Worker, attempt: int) -> Slots:
+    fields = dataclasses.asdict(made)
+    rank, fds = fields.pop("rank"), list(fields.pop("fds"))
+    return Slots(attempt, rank, worker.child.pid, fds, worker.box_fd, **fields)
 
 
 class _Worker:
     """A worker process, the pipe to it, and the threads that listen to it."""
 
-    def __init__(self, device: str, num_threads: int, push: Callable[[_Worker, Event | LogLine], None]) -> None:
+    def __init__(self, take: Callable[[Connection, int, int], Any], push: Callable[[_Worker, Any], None]) -> None:
         self.rank, self.killed = -1, False
         self._push = push
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._sign = diagnose.SignOfLife()
+        self._sending = threading.Lock()
+        self.box_fd = -1
         self.connection, theirs = Pipe()
-        self.process = self._popen(theirs, device, num_threads)
+        out, err = os.pipe(), os.pipe()
+        self.child = take(theirs, out[1], err[1])
         theirs.close()
+        os.close(out[1])
+        os.close(err[1])
+        lines = [(open(out[0], errors="replace"), False), (open(err[0], errors="replace"), True)]  # noqa: SIM115
         self._listeners = [
             threading.Thread(target=self._read_reports, daemon=True),
-            threading.Thread(target=self._read_lines, args=(self.process.stdout, False), daemon=True),
-            threading.Thread(target=self._read_lines, args=(self.process.stderr, True), daemon=True),
+            *(threading.Thread(target=self._read_lines, args=line, daemon=True) for line in lines),
         ]
         for thread in [*self._listeners, threading.Thread(target=self._watch, daemon=True)]:
             thread.start()
 
-    def _popen(self, theirs: Connection, device: str, num_threads: int) -> subprocess.Popen[str]:
-        environment = {
-            **MEMORY,
-            **os.environ,
-            "DS_ACCELERATOR": "cuda" if device == "cuda" else "cpu",
-            "OMP_NUM_THREADS": str(num_threads),
-            "PYTHONUNBUFFERED": "1",
-        }
-        # Ray hides the node's other GPUs from its actors; LOCAL_RANK must count over all of them.
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        return subprocess.Popen(
-            [sys.executable, "-m", "dltrain.running.worker", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-            # Ctrl-C is the driver's to handle: it asks for a clean stop. A group, not a session: the kernel
-            # shares the processor out by sessions first, and two workers would be set against each other.
-            process_group=0,
-        )
+    def send(self, message: Any) -> None:
+        """Says something to the worker, if it is still there."""
+        with self._sending, contextlib.suppress(OSError):
+            self.connection.send(message)
+
+    def watch(self, box_fd: int) -> None:
+        """Its black box is there: it is the sign of life."""
+        self.box_fd = box_fd
+        self._sign.open(self.child.pid, box_fd)
+
+    def still(self) -> tuple[float, str]:
+        """Seconds since it gave a sign of life, and what it was at."""
+        return self._sign.still()
+
+    def end(self) -> None:
+        """Has it killed; its exit is told like any other."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # The group: a worker's own children go with it.
+            os.killpg(self.child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            # The group: a worker's own children go with it.
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """Ends it at once; what it said before is heard, what it says of its end is not."""
+        self.end()
+        self.child.wait()
         # What it said before its end is still in the pipe.
         self._listeners[0].join(timeout=1)
         self.killed = True
+        self._sign.close()
         self.connection.close()
 
     def _read_reports(self) -> None:
@@ -245,13 +392,13 @@ class _Worker:
                     time.sleep(_DRAIN_SECONDS)
 
     def _read_lines(self, source: IO[str], error: bool) -> None:
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError), source:
             for line in source:
                 self._tail.append(line.rstrip())
                 self._push(self, LogLine(self.rank, line.rstrip(), error))
 
     def _watch(self) -> None:
-        code = self.process.wait()
+        code = self.child.wait()
         # What it said before its end comes first.
         for thread in self._listeners:
             thread.join(timeout=2)

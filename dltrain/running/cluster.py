@@ -22,6 +22,8 @@ from dltrain.spec import WorkersSpec
 __all__ = ["Cluster", "Slot", "Slots", "connect"]
 
 _HELLO_SECONDS = 5.0
+# A machine that was asked to be left is gone by then, or wants to be used again.
+_AVOID_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Slots:
         # the answer that is waited for -> (group, agent)
         self._pending: dict[Any, tuple[Any, Any]] = {}
         self.slots: list[Slot] = []
+        # node -> until when nothing is placed there
+        self._avoided: dict[str, float] = {}
 
     @property
     def device(self) -> str:
@@ -118,14 +122,15 @@ class Slots:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = placement_group([self._bundle])
-        actor: Any = ray.remote(Agent)
+        # Answers that must not wait behind others have threads of their own.
+        actor: Any = ray.remote(concurrency_groups={"beat": 1})(Agent)  # type: ignore[call-overload]
         # It is queued until its group has a place.
         agent = actor.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=1 if self._gpus else 0,
             resources=self._resources,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            max_concurrency=4,
+            max_concurrency=8,
         ).remote(self.device, self._num_threads)
         self._pending[agent.hello.remote()] = (group, agent)
 
@@ -147,15 +152,40 @@ class Slots:
 
         group, agent = self._pending.pop(ref)
         try:
-            self.slots.append(Slot(group, agent, ray.get(ref)))
+            slot = Slot(group, agent, ray.get(ref))
         except ray.exceptions.RayError:
             self._release(group)
+            return
+        if time.monotonic() < self._avoided.get(slot.info.node_id, 0.0):
+            self._give_back(slot)
+        else:
+            self.slots.append(slot)
+
+    @property
+    def num_pending(self) -> int:
+        """Slots that were asked for and are not there."""
+        return len(self._pending)
 
     def lose(self, slot: Slot) -> None:
         """Gives a slot up whose agent is gone."""
         if slot in self.slots:
             self.slots.remove(slot)
             self._release(slot.group)
+
+    def leave(self, slot: Slot) -> None:
+        """Gives a slot up whose machine is to be left; nothing is placed there for a while."""
+        self._avoided[slot.info.node_id] = time.monotonic() + _AVOID_SECONDS
+        if slot in self.slots:
+            self.slots.remove(slot)
+            self._give_back(slot)
+
+    def _give_back(self, slot: Slot) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.wait([slot.agent.close.remote()], timeout=5)
+        ray.kill(slot.agent)
+        self._release(slot.group)
 
     def drop_dead(self) -> None:
         """Gives up every slot whose agent does not answer any more."""

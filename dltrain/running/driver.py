@@ -9,42 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dltrain import __version__
-from dltrain.checkpoint.commit import Checkpoint, commit, discard, newest_good, prune
+from dltrain.checkpoint.slots import SlotPlace
 from dltrain.errors import StoreError
-from dltrain.observing.hub import Hub
-from dltrain.observing.reports import EvalReport, Note, Raised, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import EvalReport, Note, Raised, Saved, SaveWanted, SlotsMade, StepReport
 from dltrain.observing.view import View
+from dltrain.running import events
 from dltrain.running.agent import LogLine
 from dltrain.running.cluster import Slots, connect
 from dltrain.running.group import Group
-from dltrain.running.lifecycle import (
-    Action,
-    AgentLost,
-    Commit,
-    Committed,
-    Discard,
-    End,
-    Event,
-    KillWorkers,
-    Lifecycle,
-    Place,
-    Placed,
-    Say,
-    StartAttempt,
-    StopRequested,
-    TellStop,
-    Tick,
-)
+from dltrain.running.heartbeat import Heartbeat
+from dltrain.running.keeper import Keeper
+from dltrain.running.lifecycle import Lifecycle
 from dltrain.running.record import Record
+from dltrain.running.recovery import Point, newest_point
 from dltrain.running.rundir import RunDir, make_plan
+from dltrain.running.setup import announce, live_state, make_hub, signals
+from dltrain.running.trail import Trail
+from dltrain.running.watch import Watch
 from dltrain.spec import JobSpec
-from dltrain.training.plan import BatchPlan, RankJob, Schedule
+from dltrain.training.plan import RankJob, Schedule
 from dltrain.training.task import check_task
 
 __all__ = ["Driver"]
@@ -53,6 +41,8 @@ _TURN_SECONDS = 0.25
 # After the first slots are there, how long others may take before the run starts without them.
 _PLACE_GRACE_SECONDS = 5.0
 _STOP_CHECK_SECONDS = 1.0
+# When room for more workers appears, how long others may take to appear as well.
+_GROW_GRACE_SECONDS = 1.0
 
 
 class Driver:
@@ -79,12 +69,13 @@ class Driver:
         self._run = RunDir.of(spec)
         workers = spec.workers
         self._life = Lifecycle(workers.min, workers.max, spec.faults.restarts_per_hour)
-        self._ended: End | None = None
+        self._ended: events.End | None = None
         self._signal: int | None = None
         self._group: Group | None = None
-        self._saved: dict[int, dict[int, Saved]] = {}
-        self._place_since: float | None = None
-        self._stop_checked = 0.0
+        self._keeper = Keeper(self._run.checkpoints, spec.checkpoint.keep, lambda text: view.say(text, "warn"))
+        self._point: Point | None = None
+        self._ranks_of: dict[int, int] = {}
+        self._place_since = self._grow_since = self._stop_checked = 0.0
 
     # ---- the story ----
 
@@ -102,13 +93,14 @@ class Driver:
                 # mistake is told before that.
                 self._connect(stack)
             self._make_plan()
-            hub = self._make_hub()
+            hub = make_hub(self._spec, self._view, self._on_cluster)
             stack.callback(hub.close)
             self._record = Record(self._spec, self._run, hub, self._view, self._launched)
             self._restore_record()
             stack.callback(self._record.close)
             stack.callback(self._view.close)
-            if self._resume and self._position >= self._schedule.end:
+            stack.callback(self._keeper.close)
+            if self._keeper.newest and self._position >= self._schedule.end:
                 return self._already_done()
             self._record.ledger.enter("placing", self._clock())
             if not self._on_cluster:
@@ -127,17 +119,20 @@ class Driver:
         self._view.say(where if self._on_cluster else "starting Ray on this machine, for this run alone")
         self._cluster = stack.enter_context(connect(self._address))
         # After Ray, which puts handlers of its own in place.
-        stack.enter_context(self._signals())
+        stack.enter_context(signals(self._on_signal))
         self._slots = Slots(self._cluster, self._spec.workers)
         stack.callback(self._slots.close)
+        self._heart = Heartbeat(lambda: list(self._slots.slots), self._spec.faults.lease_seconds)
+        stack.callback(self._heart.close)
+        self._watch = Watch(self._heart, self._spec.faults)
         self._slots.want(self._spec.workers.max)
 
     def _make_plan(self) -> None:
         self._plan, changes = make_plan(self._spec, self._run)
-        self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
+        self._keeper.find()
         self._life.step = self._step
         self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
-        self._announce(changes)
+        announce(self._view, self._spec, self._run.url, self._plan, self._schedule, self._step, changes)
         self._run.save_spec(self._spec)
         self._run.save_plan(self._plan)
         self._run.take_stop()
@@ -148,42 +143,54 @@ class Driver:
             self._place()
         else:
             self._pump()
+            self._look_after()
+        for event, num_bytes in self._keeper.take():
+            self._on_committed(event, num_bytes)
         self._check_stop()
-        self._handle(Tick())
-        self._record.beat(self._clock(), self._state())
+        self._handle(events.Tick())
+        self._record.beat(self._clock(), self._state)
 
-    def _handle(self, event: Event) -> None:
-        if not isinstance(event, Tick | StepReport):
+    def _handle(self, event: events.Event) -> None:
+        if not isinstance(event, events.Tick | StepReport):
             self._record.event(event)
         self._do(self._life.handle(event, self._clock()))
 
-    def _do(self, actions: list[Action]) -> None:
+    def _do(self, actions: list[events.Action]) -> None:
         for action in actions:
             match action:
-                case Place():
+                case events.Place():
                     self._slots.want(action.slots)
                     self._place_since = self._clock()
-                case StartAttempt():
+                case events.StartAttempt():
                     self._start(action.num_ranks)
-                case KillWorkers():
+                case events.KillWorkers():
                     self._kill()
-                case TellStop():
-                    if self._group:
-                        self._group.tell("stop")
-                case Commit():
-                    self._commit(action.step)
-                case Discard():
-                    self._drop(action.step, action.reason)
-                case Say():
+                case events.Tell():
+                    self._group.tell(action.wish) if self._group else None
+                case events.Release():
+                    self._release(action.ranks)
+                case events.Commit():
+                    self._keeper.commit(action.step, self._attempt_number, self._manifest(action.step))
+                case events.Discard():
+                    self._keeper.discard(action.step, self._attempt_number, action.reason)
+                case events.Say():
                     self._view.say(action.text, "warn" if self._life.state in ("recovering", "waiting") else "info")
-                case End():
+                case events.End():
                     self._ended = action
 
     # ---- before ----
 
     @property
+    def _resume(self) -> dict[str, Any] | None:
+        """The manifest of what the next attempt goes on from: a snapshot in memory, or the last checkpoint."""
+        newest = self._keeper.newest
+        if self._point and (newest is None or self._point.step >= newest.step):
+            return self._point.manifest()
+        return {**newest.manifest, "path": newest.path} if newest else None
+
+    @property
     def _step(self) -> int:
-        return self._resume.step if self._resume else 0
+        return int(self._resume["step"]) if self._resume else 0
 
     @property
     def _attempt_number(self) -> int:
@@ -191,35 +198,13 @@ class Driver:
 
     @property
     def _position(self) -> int:
-        return int(self._resume.manifest["position"]) if self._resume else 0
-
-    def _announce(self, changes: list[str]) -> None:
-        spec, train = self._spec, self._plan.train
-        self._view.say(
-            f"{spec.name}: {train.num_rows:,} rows in {train.num_units} row groups, "
-            f"{self._schedule.total_steps} steps, into {self._run.url}"
-        )
-        self._view.say(f"global batch: {BatchPlan.of(spec.batch.global_, spec.batch.micro, spec.workers.max)}")
-        if self._schedule.dropped:
-            self._view.say(f"data.end: drop leaves out the last {self._schedule.dropped} rows", "warn")
-        if self._resume:
-            self._view.say(f"resuming from the checkpoint of step {self._step}", "good")
-        for change in changes:
-            self._view.say(f"changed since the last start: {change}")
-
-    def _make_hub(self) -> Hub:
-        metrics, engine = self._spec.metrics, self._spec.engine
-        labels = {"run": self._spec.name, "zero_stage": str(engine.zero), "precision": engine.precision}
-        # On a cluster a scraper expects the port; on a laptop another run may have it.
-        hub = Hub(metrics.host, metrics.port, move=not self._on_cluster, labels=labels)
-        if hub.moved:
-            self._view.say(f"metrics port {metrics.port} is busy; using {hub.port}")
-        return hub
+        return int(self._resume["position"]) if self._resume else 0
 
     def _restore_record(self) -> None:
-        if self._resume:
-            self._record.best = self._resume.manifest.get("best")
-            self._record.metrics = dict(self._resume.manifest.get("metrics") or {})
+        if self._keeper.newest:
+            manifest = self._keeper.newest.manifest
+            self._record.best = manifest.get("best")
+            self._record.metrics = dict(manifest.get("metrics") or {})
             self._life.committed_step = self._step
 
     def _already_done(self) -> dict[str, Any]:
@@ -228,40 +213,32 @@ class Driver:
         )
         return self._record.summary("finished", self._step, self._clock())
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _on_signal(self, number: int) -> None:
         """The first Ctrl-C or SIGTERM stops the run cleanly, a second one at once."""
-
-        def on_signal(number: int, _frame: Any) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
 
     # ---- placing and starting ----
 
     def _place(self) -> None:
         known = len(self._slots.slots)
-        slots = len(self._slots.ready(_TURN_SECONDS))
-        waited = self._clock() - (self._place_since or 0.0)
-        full = slots >= self._life.max_workers
-        final = waited > (0.0 if full else _PLACE_GRACE_SECONDS)
+        hurry = self._life.state == "recovering" and known >= self._life.min_workers
+        slots = len(self._slots.ready(0.0 if hurry else _TURN_SECONDS))
+        waited = self._clock() - self._place_since
+        # What is there goes on at once; others may join it later.
+        hurry = slots >= self._life.max_workers or self._life.state == "recovering"
+        final = waited > (0.0 if hurry else _PLACE_GRACE_SECONDS)
         if slots != known or final:
             before = self._life.state
-            self._handle_placed(Placed(slots, final), changed=slots != known)
+            self._handle_placed(events.Placed(slots, final), changed=slots != known)
             if self._life.state == "waiting" and before != "waiting":
                 self._record.ledger.enter("waiting_for_capacity", self._clock())
         patience = 0.0 if self._cluster.private else self._spec.workers.wait_seconds
         if self._life.state == "waiting" and waited > patience:
             self._do(self._life.wait_over(str(self._cluster)))
 
-    def _handle_placed(self, event: Placed, changed: bool) -> None:
+    def _handle_placed(self, event: events.Placed, changed: bool) -> None:
         if changed:
             self._handle(event)
         else:  # nothing new to log
@@ -272,20 +249,34 @@ class Driver:
         import ray
 
         self._record.ledger.enter("starting", self._clock())
-        self._saved.clear()
         self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
-        saved = self._resume.manifest.get("audit") if self._resume else None
-        self._record.start_attempt(self._group.attempt, num_ranks, saved)
-        self._view.say(f"starting {num_ranks} worker{'s' if num_ranks > 1 else ''} on {self._slots.device}")
+        self._ranks_of[self._group.attempt] = num_ranks
+        saved = self._resume
+        from_memory = bool(saved and saved["path"] == "memory")
+        trail = self._record.trail.at(self._step) if from_memory else Trail.of(saved.get("audit") if saved else None)
+        self._record.start_attempt(self._group.attempt, num_ranks, self._step, trail)
+        where = f" from the snapshot of step {self._step} in memory" if from_memory else ""
+        workers = f"{num_ranks} worker{'s' if num_ranks > 1 else ''}"
+        self._view.say(f"starting {workers} on {self._slots.device}{where}")
+        self._record.note(
+            "start", attempt=self._group.attempt, num_ranks=num_ranks, step=self._step, from_memory=from_memory
+        )
+        self._watch.begin(self._group)
         try:
             self._group.start(self._job)
         except ray.exceptions.RayError as error:
             self._slots.drop_dead()
-            self._handle(AgentLost(0, str(error).splitlines()[0]))
+            self._handle(events.AgentLost(0, str(error).splitlines()[0]))
 
-    def _job(self, rank: int, environment: Mapping[str, str]) -> RankJob:
+    def _job(self, rank: int, environment: Mapping[str, str]) -> tuple[RankJob, Mapping[str, Any]]:
         assert self._group is not None
-        best, plan = self._record.best, self._plan
+        best, plan, resume, record = self._record.best, self._plan, self._resume, self._record
+        memory: Mapping[str, SlotPlace] | None = None
+        others: Mapping[str, Any] = {}
+        if resume and resume["path"] == "memory" and self._point:
+            node = self._group.slots[rank].info.node_id
+            memory, others = self._point.places(node, lambda slot: str(slot.info.node_id))
+            others = {name: (slot.agent, *which) for name, (slot, *which) in others.items()}
         return RankJob(
             spec=self._spec,
             attempt=self._group.attempt,
@@ -300,12 +291,15 @@ class Driver:
             train_catalog=plan.train.to_bytes(),
             eval_catalog=plan.eval.to_bytes() if plan.eval else None,
             checkpoints=self._run.checkpoints.url,
-            resume={**self._resume.manifest, "path": self._resume.path} if self._resume else None,
+            resume=resume,
+            memory=memory,
+            evaluated=record.evaluated_step == self._step,
+            unfinished=memory is not None and self._life.committed_step < self._step,
             best=float(best["value"]) if best else None,
             cwd=self._cwd,
             device=self._slots.device,
             environment=environment,
-        )
+        ), others
 
     # ---- running ----
 
@@ -316,11 +310,36 @@ class Driver:
             time.sleep(_TURN_SECONDS)
             return
         for event in group.poll():
-            if isinstance(event, AgentLost):
+            if isinstance(event, events.AgentLost):
                 self._slots.lose(group.slots[event.rank])
             self._take(event)
 
-    def _take(self, event: Event | LogLine) -> None:
+    def _look_after(self) -> None:
+        """Agents that are silent, ranks that hang, machines to be left, room for more workers."""
+        group = self._group
+        if group is None:
+            return
+        for rank, reason in self._watch.silent():
+            group.lose(rank)
+            self._slots.lose(group.slots[rank])
+            self._handle(events.AgentLost(rank, reason))
+        if group is self._group and (hung := self._watch.hung()):
+            self._handle(hung)
+        if group is self._group and self._life.state == "running":
+            for rank in self._watch.leaving():
+                self._handle(events.Drained(rank))
+        if group is self._group and self._life.state == "running" and self._life.num_ranks < self._life.max_workers:
+            self._grow()
+
+    def _grow(self) -> None:
+        self._slots.want(self._life.max_workers)
+        slots, now = len(self._slots.ready(0.0)), self._clock()
+        if slots <= self._life.num_ranks:
+            self._grow_since = now
+        elif now - self._grow_since > _GROW_GRACE_SECONDS or slots >= self._life.max_workers:
+            self._handle(events.Placed(slots))
+
+    def _take(self, event: events.Event | LogLine) -> None:
         now = self._clock()
         match event:
             case LogLine():
@@ -330,14 +349,16 @@ class Driver:
                 if self._record.ledger.state == "starting":
                     self._record.ledger.enter("other", now - event.seconds)
                 self._record.step(event, now, self._schedule.total_steps)
+                self._watch.step(event)
                 self._check_replaced(event)
             case EvalReport():
                 self._record.evaluated(event, now)
+            case SaveWanted():
+                self._record.saving(event, now)
             case Saved():
-                self._record.saved(event, now)
-                self._saved.setdefault(event.step, {})[event.rank] = event
-            case SaveFailed():
-                self._record.saved(event, now)
+                self._keeper.saved(event)
+            case SlotsMade():
+                self._watch.slots_made(event.rank)
             case Note():
                 self._view.say(event.text)
         self._handle(event)
@@ -348,98 +369,74 @@ class Driver:
             text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
             self._handle(Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", ""))
 
-    def _commit(self, step: int) -> None:
-        files = self._saved.pop(step)
-        first = files[0]
-        meta = {
-            "position": first.position,
-            "num_ranks": len(files),
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return {
             "zero": self._spec.engine.zero,
             "precision": self._spec.engine.precision,
             "global_batch": self._spec.batch.global_,
             "plan_id": self._plan.plan_id,
-            "metrics": self._record.metrics,
-            "best": self._record.best,
-            "audit": self._record.trail.to_dict(),
-            "ledger": self._record.ledger.to_dict(),
             "spec": self._spec.to_dict(),
             "dltrain": __version__,
-            **first.meta,
+            **self._record.manifest(step),
         }
-        store = self._run.checkpoints
-        try:
-            path = commit(store, step, self._attempt_number, [files[r].file for r in sorted(files)], meta)
-        except (OSError, StoreError) as error:
-            self._drop(step, str(error))
-            return
-        size = sum(int(f.file["bytes"]) for f in files.values())
-        self._record.committed(step, size)
-        self._handle(Committed(step))
-        manifest = {"format": 1, "step": step, **meta, "files": [files[r].file for r in sorted(files)]}
-        self._resume = Checkpoint(path, manifest)
-        best = self._record.best
-        with contextlib.suppress(OSError, StoreError):
-            prune(store, self._spec.checkpoint.keep, best["step"] if best else None)
 
-    def _drop(self, step: int, reason: str) -> None:
-        self._record.save_failed(step, reason)
-        with contextlib.suppress(OSError, StoreError):
-            discard(self._run.checkpoints, step, self._attempt_number)
-        self._handle(Committed(step, reason))
+    def _on_committed(self, event: events.Committed, num_bytes: int) -> None:
+        if event.reason:
+            self._record.save_failed(event.step, event.reason)
+        else:
+            self._record.committed(event.step, num_bytes)
+        self._handle(event)
+
+    def _release(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self._slots.leave(self._leaving[rank])
 
     def _kill(self) -> None:
-        now = self._clock()
-        self._record.ledger.part("detecting", float("inf"), now)
-        self._record.ledger.enter("recovering", now)
-        if self._life.state == "recovering":
+        now, recovering = self._clock(), self._life.state == "recovering"
+        if recovering:
+            self._record.ledger.part("detecting", float("inf"), now)
             self._record.restarted(self._life.restart_reasons[-1])
-        if self._group:
-            for report in self._group.kill(self._slots.slots):
-                self._record.step(report, now, self._schedule.total_steps)
-            self._group = None
-        if self._life.state == "recovering":
+        over = self._life.state in ("failed", "stopped")
+        self._record.ledger.enter("recovering" if recovering else "other" if over else "resizing", now)
+        group, self._group = self._group, None
+        if group is None:
+            return
+        self._leaving = list(group.slots)
+        reports, holdings = group.kill(self._slots.slots)
+        for report in sorted(reports, key=lambda r: r.step):
+            self._record.step(report, now, self._schedule.total_steps)
+        self._keeper.forget()
+        self._point = newest_point(holdings, self._ranks_of)
+        if over:
+            return
+        if self._point is None and recovering:
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
-            self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
-            self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+            self._keeper.find()
+        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
 
     def _check_stop(self) -> None:
         now = self._clock()
         if self._signal is not None:
-            self._handle(StopRequested())
+            self._handle(events.StopRequested())
         elif now - self._stop_checked >= _STOP_CHECK_SECONDS * (1 if self._run.is_local else 10):
             self._stop_checked = now
             with contextlib.suppress(StoreError):
                 if self._run.take_stop():
-                    self._handle(StopRequested())
+                    self._handle(events.StopRequested())
 
     # ---- after ----
 
+    @property
     def _state(self) -> dict[str, Any]:
-        group = self._group
-        workers = [
-            {"rank": r, "pid": pid, "node": slot.info.address, "state": self._life.state}
-            for r, (slot, pid) in enumerate(zip(group.slots, group.pids, strict=False) if group else ())
-        ]
-        return {
-            "run": self._spec.name,
-            "state": self._life.state,
-            "step": self._life.step,
-            "total_steps": self._schedule.total_steps,
-            "world_size": self._life.num_ranks,
-            "workers": workers,
-            "restarts": self._record.total_restarts,
-            "samples_per_second": round(self._record.rate, 1),
-            "goodput": round(self._record.ledger.goodput, 4),
-            "checkpoint_step": self._life.committed_step,
-        }
+        return live_state(self._life, self._group, self._record, self._schedule.total_steps)
 
-    def _finish(self, end: End) -> dict[str, Any]:
+    def _finish(self, end: events.End) -> dict[str, Any]:
         now = self._clock()
         self._record.ledger.enter("other", now)
         error = f"{end.error}" if end.error else ""
         self._record.note("end", status=end.status, error=error)
         summary = self._record.summary(end.status, self._life.step, now)
-        state = {**self._state(), "workers": [], "error": error, "summary": summary}
+        state = {**self._state, "workers": [], "error": error, "summary": summary}
         self._record.beat(now, state, force=True)
         if end.error:
             raise end.error

@@ -14,14 +14,17 @@ from typing import Any
 from dltrain.observing.reports import StepReport
 from dltrain.running.agent import LogLine, SlotInfo
 from dltrain.running.cluster import Slot
-from dltrain.running.lifecycle import AgentLost, Event
+from dltrain.running.events import AgentLost, Event
+from dltrain.running.messages import Holding
 from dltrain.training.plan import RankJob
 
 __all__ = ["Group", "rank_environment"]
 
 # News other than steps comes at once; steps may wait: asking costs the machines that train.
 _POLL_SECONDS = 0.5
-_KILL_SECONDS = 30.0
+_KILL_SECONDS = 5.0
+_START_SECONDS = 30.0
+_STACK_SECONDS = 15.0
 
 
 class Group:
@@ -37,8 +40,14 @@ class Group:
         self.attempt = attempt
         self.pids: list[int] = []
         self._polls: dict[Any, int] = {}
+        self._lost: set[int] = set()
 
-    def start(self, job: Callable[[int, Mapping[str, str]], RankJob]) -> None:
+    @property
+    def nodes(self) -> list[str]:
+        """The node of each rank."""
+        return [slot.info.node_id for slot in self.slots]
+
+    def start(self, job: Callable[[int, Mapping[str, str]], tuple[RankJob, Mapping[str, Any]]]) -> None:
         """Gives every rank its job, with a rendezvous port that nobody else uses.
 
         Raises:
@@ -46,10 +55,11 @@ class Group:
         """
         import ray
 
-        port = ray.get(self.slots[0].agent.free_port.remote())
+        port = ray.get(self.slots[0].agent.free_port.remote(), timeout=_START_SECONDS)
         infos = [slot.info for slot in self.slots]
         jobs = [job(rank, rank_environment(infos, rank, port)) for rank in range(len(infos))]
-        self.pids = ray.get([s.agent.start.remote(j) for s, j in zip(self.slots, jobs, strict=True)])
+        started = [s.agent.start.remote(*j) for s, j in zip(self.slots, jobs, strict=True)]
+        self.pids = ray.get(started, timeout=_START_SECONDS)
         for rank in range(len(infos)):
             self._ask(rank)
 
@@ -69,37 +79,73 @@ class Group:
             try:
                 attempt, events = ray.get(ref)
             except ray.exceptions.RayError as error:
+                self._lost.add(rank)
                 yield AgentLost(rank, str(error).splitlines()[0])
                 continue
             self._ask(rank)
             if attempt == self.attempt:
                 yield from events
 
+    def lose(self, rank: int) -> None:
+        """This rank's agent is not waited for any more."""
+        self._lost.add(rank)
+
     def tell(self, command: str) -> None:
-        """Passes a command to every rank."""
+        """Passes a wish to every rank."""
         for slot in self.slots:
             slot.agent.tell.remote(command)
 
-    def kill(self, alive: Sequence[Slot]) -> list[StepReport]:
-        """Ends every worker at once, on the slots that are still there; returns what they had yet to report."""
+    def stacks(self) -> tuple[str, ...]:
+        """What every rank is doing, told from outside."""
         import ray
 
-        killing = [slot.agent.kill.remote() for slot in self.slots if slot in alive]
+        refs = [slot.agent.stacks.remote() for slot in self.slots]
+        done = set(_done(refs, _STACK_SECONDS))
+        return tuple(str(ray.get(ref)) if ref in done else "its agent does not answer" for ref in refs)
+
+    def kill(self, slots: Sequence[Slot]) -> tuple[list[StepReport], list[tuple[Slot, Holding]]]:
+        """Ends every worker at once; returns what they had yet to report, and the snapshots that are held.
+
+        Args:
+            slots: those that are there, this group's and others.
+        """
+        import ray
+
+        lost = [self.slots[rank] for rank in self._lost]
+        there = [slot for slot in slots if slot not in lost]
+        killing = {slot.agent.kill.remote(): slot for slot in there}
         # A question that is under way may have taken them already.
-        asked, self._polls = list(self._polls), {}
-        left: list[StepReport] = []
-        for ref in _done([*killing, *asked]):
+        asked = [ref for ref, rank in self._polls.items() if rank not in self._lost]
+        self._polls = {}
+        reports: list[StepReport] = []
+        holdings: list[tuple[Slot, Holding]] = []
+        for ref in _done([*killing, *asked], _KILL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
                 answer = ray.get(ref)
-                events = answer[1] if isinstance(answer, tuple) else answer
-                left += [event for event in events if isinstance(event, StepReport)]
-        return left
+                if ref in killing:
+                    reports += answer.reports
+                    holdings += [(killing[ref], h) for h in answer.holdings]
+                else:
+                    reports += [event for event in answer[1] if isinstance(event, StepReport)]
+        missing = [rank for rank, slot in enumerate(self.slots) if slot not in there]
+        return [*reports, *_reports_of(missing, there)], holdings
 
 
-def _done(refs: list[Any]) -> list[Any]:
+def _reports_of(ranks: Sequence[int], slots: Sequence[Slot]) -> list[StepReport]:
+    """Of ranks whose agents are gone, from those who hold their black boxes."""
     import ray
 
-    return ray.wait(refs, num_returns=len(refs), timeout=_KILL_SECONDS)[0] if refs else []
+    found: list[StepReport] = []
+    for ref in _done([slot.agent.reports_of.remote(rank) for rank in ranks for slot in slots], _KILL_SECONDS):
+        with contextlib.suppress(ray.exceptions.RayError):
+            found += ray.get(ref)
+    return found
+
+
+def _done(refs: list[Any], seconds: float) -> list[Any]:
+    import ray
+
+    return ray.wait(refs, num_returns=len(refs), timeout=seconds)[0] if refs else []
 
 
 def rank_environment(infos: Sequence[SlotInfo], rank: int, port: int) -> dict[str, str]:

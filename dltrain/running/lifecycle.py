@@ -5,7 +5,8 @@
 
       planning -> placing -> starting -> running -> finished
                      |           \\          |  \\-> stopping -> stopped
-                  waiting         `-> recovering -> starting ...
+                  waiting         \\         `--> draining | resizing -> starting ...
+                                   `-> recovering -> starting ...
       any -> failed
 
 Every event is logged, so that a run can be replayed in a test.
@@ -18,142 +19,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dltrain.errors import CapacityError, DltrainError, RunFailedError, TaskError, UserError
-from dltrain.observing.reports import Done, EvalReport, Note, Raised, Ready, Report, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import (
+    Done,
+    EvalReport,
+    Note,
+    Raised,
+    Ready,
+    Report,
+    Saved,
+    SaveFailed,
+    SaveWanted,
+    SlotsMade,
+    StepReport,
+)
+from dltrain.running.events import (
+    Action,
+    AgentLost,
+    Commit,
+    Committed,
+    Discard,
+    Drained,
+    End,
+    Event,
+    Exited,
+    Hung,
+    KillWorkers,
+    Place,
+    Placed,
+    Release,
+    Say,
+    StartAttempt,
+    StopRequested,
+    Tell,
+    Tick,
+)
 
-__all__ = [
-    "Action",
-    "AgentLost",
-    "Commit",
-    "Committed",
-    "Discard",
-    "End",
-    "Event",
-    "Exited",
-    "KillWorkers",
-    "Lifecycle",
-    "Place",
-    "Placed",
-    "Say",
-    "StartAttempt",
-    "StopRequested",
-    "TellStop",
-    "Tick",
-]
+__all__ = ["PEER_GRACE_SECONDS", "Lifecycle"]
 
 # A rank that lost its peer reports sooner than the peer's end is seen: wait this long for the cause.
 PEER_GRACE_SECONDS = 3.0
 SAME_EXCEPTION_LIMIT = 3
 _HOUR_SECONDS = 3600.0
-
-
-# ---- events ----
-
-
-@dataclass(frozen=True)
-class Placed:
-    """So many slots have an agent; `final` when no more are coming soon."""
-
-    slots: int
-    final: bool = False
-
-
-@dataclass(frozen=True)
-class Exited:
-    """A worker process ended: exit code, negative for a signal, and the last lines it wrote."""
-
-    rank: int
-    code: int
-    tail: str = ""
-
-
-@dataclass(frozen=True)
-class AgentLost:
-    """An agent stopped answering."""
-
-    rank: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint was committed, or could not be (`reason`)."""
-
-    step: int
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class StopRequested:
-    """The user asked the run to stop."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = Placed | Exited | AgentLost | Committed | StopRequested | Tick | Report
-
-
-# ---- actions ----
-
-
-@dataclass(frozen=True)
-class Place:
-    """Ask for slots until there are `slots`."""
-
-    slots: int
-
-
-@dataclass(frozen=True)
-class StartAttempt:
-    """Form a group of `num_ranks` workers from the last checkpoint."""
-
-    num_ranks: int
-    attempt: int
-
-
-@dataclass(frozen=True)
-class KillWorkers:
-    """End every worker process of this attempt at once."""
-
-
-@dataclass(frozen=True)
-class TellStop:
-    """Ask the ranks to stop at the next step."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """All ranks' files of a checkpoint are there: write its manifest."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Discard:
-    """A checkpoint can't be completed: remove what there is of it."""
-
-    step: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Say:
-    """Tell the user."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class End:
-    """The run is over: finished, stopped or failed (then with the error)."""
-
-    status: str
-    error: DltrainError | None = None
-
-
-Action = Place | StartAttempt | KillWorkers | TellStop | Commit | Discard | Say | End
+_LONGEST_BACKOFF_SECONDS = 30.0
+_OVER = ("finished", "stopped", "failed")
 
 
 @dataclass
@@ -187,7 +95,6 @@ class Lifecycle:
     restarts: int = 0
     restart_reasons: list[str] = field(default_factory=list)
     log: list[tuple[float, Event]] = field(default_factory=list)
-    _first_step: int = field(default=-1, init=False)
     _restart_times: list[float] = field(default_factory=list, init=False)
     _ready: set[int] = field(default_factory=set, init=False)
     _done: dict[int, Done] = field(default_factory=dict, init=False)
@@ -198,24 +105,32 @@ class Lifecycle:
     _stop_wanted: bool = field(default=False, init=False)
     _save_problem: str = field(default="", init=False)
     _steps_made: int = field(default=0, init=False)
+    _steps_at_restart: int = field(default=-1, init=False)
+    _fruitless: int = field(default=0, init=False)
+    _not_before: float = field(default=0.0, init=False)
+    _leaving: set[int] = field(default_factory=set, init=False)
+    _failed_saves: dict[int, str] = field(default_factory=dict, init=False)
+    _asked: set[int] = field(default_factory=set, init=False)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """The only way in: changes the state and says what to do."""
-        if self.state in ("finished", "stopped", "failed"):
+        if self.state in _OVER:
             return []
         if not isinstance(event, Tick | StepReport):
             self.log.append((now, event))
         match event:
             case Placed():
-                return self._placed(event)
+                return self._placed(event, now)
             case Ready():
                 return self._on_ready(event)
             case StepReport():
                 self._on_step(event)
             case Saved() | SaveFailed():
                 return self._saved(event)
+            case SaveWanted():
+                self._asked.add(event.step)
             case Committed():
-                self._committed(event)
+                return self._committed(event)
             case Done():
                 return self._on_done(event)
             case Raised():
@@ -225,11 +140,15 @@ class Lifecycle:
             case AgentLost():
                 self.slots = max(0, self.slots - 1)
                 return self._fail(_Failure("agent", f"the agent of rank {event.rank} is gone: {event.reason}"), now)
+            case Hung():
+                return self._fail(_Failure("hang", _describe_hang(event)), now)
+            case Drained():
+                return self._drained(event)
             case StopRequested():
                 return self._stop()
             case Tick():
                 return self._tick(now)
-            case EvalReport() | Note():
+            case EvalReport() | Note() | SlotsMade():
                 pass
         return []
 
@@ -240,9 +159,12 @@ class Lifecycle:
         self.state = "placing"
         return [Place(self.max_workers)]
 
-    def _placed(self, event: Placed) -> list[Action]:
+    def _placed(self, event: Placed, now: float) -> list[Action]:
         self.slots = event.slots
-        if self.state not in ("placing", "waiting", "recovering"):
+        if self.state == "running" and self.num_ranks < min(self.slots, self.max_workers):
+            self.state = "resizing"
+            return [Say(f"room for {min(self.slots, self.max_workers)} workers: growing"), Tell("pause")]
+        if self.state not in ("placing", "waiting", "recovering") or now < self._not_before:
             return []
         if self.slots >= self.max_workers or (event.final and self.slots >= self.min_workers):
             return self._start()
@@ -265,7 +187,7 @@ class Lifecycle:
         self.attempt += 1
         self.num_ranks = min(self.slots, self.max_workers)
         self.state = "starting"
-        for seen in (self._ready, self._done, self._saves, self._raised):
+        for seen in (self._ready, self._done, self._saves, self._raised, self._asked, self._leaving):
             seen.clear()
         self._peer_deadline = None
         return [StartAttempt(self.num_ranks, self.attempt)]
@@ -273,9 +195,14 @@ class Lifecycle:
     def _on_ready(self, event: Ready) -> list[Action]:
         self._ready.add(event.rank)
         if len(self._ready) == self.num_ranks:
-            self.state = "stopping" if self._stop_wanted else "running"
-            return [TellStop()] if self._stop_wanted else []
+            if self._stop_wanted or self._leaving:
+                return self._ask("stop" if self._stop_wanted else "drain")
+            self.state = "running"
         return []
+
+    def _ask(self, wish: str) -> list[Action]:
+        self.state = "stopping" if wish == "stop" else "draining"
+        return [Tell(wish)]
 
     # ---- running ----
 
@@ -296,20 +223,51 @@ class Lifecycle:
             return [Discard(event.step, self._save_problem)]
         return [Commit(event.step)]
 
-    def _committed(self, event: Committed) -> None:
+    def _committed(self, event: Committed) -> list[Action]:
         if event.reason:
-            self._save_problem = event.reason
+            self._save_problem = self._failed_saves[event.step] = event.reason
         else:
             self.committed_step = event.step
+        self._asked.discard(event.step)
+        return self._all_done()
 
     def _on_done(self, event: Done) -> list[Action]:
         self._done[event.rank] = event
-        if len(self._done) < self.num_ranks:
+        return self._all_done()
+
+    def _all_done(self) -> list[Action]:
+        """What follows when every rank has ended and what it saved is in the store, or lost."""
+        if not self.num_ranks or len(self._done) < self.num_ranks or self._asked:
             return []
-        self.step = event.step
-        if self.committed_step < event.step:
-            return self._end("failed", self._unsaved(event.step))
-        return self._end("stopped" if event.stopped else "finished")
+        done = self._done[0]
+        self.step = done.step
+        if done.why == "pause":
+            return [KillWorkers(), *self._start()]
+        saved = self.committed_step >= done.step
+        if done.why == "drain":
+            return self._leave()
+        if not saved:
+            return self._end("failed", self._unsaved(done.step))
+        return self._end("stopped" if done.why == "stop" else "finished")
+
+    def _leave(self) -> list[Action]:
+        """The step is done and saved: go on without the machines that are to be left."""
+        leaving = tuple(sorted(self._leaving))
+        self.slots -= len(leaving)
+        actions: list[Action] = [KillWorkers(), Release(leaving)]
+        if self.slots >= self.min_workers:
+            return [*actions, *self._start()]
+        self.state = "waiting"
+        self._done.clear()
+        return [*actions, Say(f"waiting for {self.min_workers} workers; there is room for {self.slots}")]
+
+    def _drained(self, event: Drained) -> list[Action]:
+        if not 0 <= event.rank < self.num_ranks or self.state not in ("starting", "running", "draining", "resizing"):
+            return []
+        self._leaving.add(event.rank)
+        if self.state == "running":
+            return [Say(f"leaving the machine of rank {event.rank} after this step"), *self._ask("drain")]
+        return []
 
     def _unsaved(self, step: int) -> RunFailedError:
         last = f"step {self.committed_step}" if self.committed_step >= 0 else "none"
@@ -322,9 +280,8 @@ class Lifecycle:
         if self._stop_wanted:
             return []
         self._stop_wanted = True
-        if self.state == "running":
-            self.state = "stopping"
-            return [Say("stopping after this step"), TellStop()]
+        if self.state in ("running", "draining", "resizing"):
+            return [Say("stopping after this step"), *self._ask("stop")]
         if self.state in ("planning", "placing", "waiting"):
             return self._end("stopped")
         return [Say("stopping as soon as the workers are up")]
@@ -339,7 +296,8 @@ class Lifecycle:
         return self._fail(_Failure("exception", event.message, event), now)
 
     def _exited(self, event: Exited, now: float) -> list[Action]:
-        if event.rank in self._done or event.rank in self._raised or self.state in ("recovering", "placing"):
+        over = self.state in ("recovering", "placing", "waiting")
+        if event.rank in self._done or event.rank in self._raised or over:
             return []
         return self._fail(_Failure("signal" if event.code < 0 else "exit", _describe(event)), now)
 
@@ -358,12 +316,19 @@ class Lifecycle:
         if self._stop_wanted:
             return [KillWorkers(), Say(f"{failure.message} while stopping"), *self._end("stopped")]
         self.state = "recovering"
+        self._back_off(now)
         self.restarts += 1
         self._restart_times.append(now)
         self.restart_reasons.append(failure.reason)
         self._peer_deadline = None
-        said = f"step {self.step}: {failure.message}; starting again from the last checkpoint"
-        return [KillWorkers(), Say(said), Place(self.max_workers)]
+        return [KillWorkers(), Say(f"step {self.step}: {failure.message}; starting again"), Place(self.max_workers)]
+
+    def _back_off(self, now: float) -> None:
+        """A restart at once, unless the attempt before made no step either: then after a pause that grows."""
+        self._fruitless = self._fruitless + 1 if self._steps_made == self._steps_at_restart else 0
+        self._steps_at_restart = self._steps_made
+        pause = min(_LONGEST_BACKOFF_SECONDS, 2.0 ** (self._fruitless - 1)) if self._fruitless else 0.0
+        self._not_before = now + pause
 
     def _final(self, failure: _Failure, now: float) -> DltrainError | None:
         """The error to end with, when starting again would not help."""
@@ -398,6 +363,11 @@ def _describe(event: Exited) -> str:
         return f"the worker of rank {event.rank} was ended by {name}{hint}"
     tail = f":\n{event.tail}" if event.tail else ""
     return f"the worker of rank {event.rank} exited with code {event.code}{tail}"
+
+
+def _describe_hang(event: Hung) -> str:
+    stack = f":\n{event.stacks[event.rank]}" if event.rank < len(event.stacks) else ""
+    return f"rank {event.rank} has not moved for {event.seconds:.0f} s ({event.phase}){stack}"
 
 
 def _task_error(raised: Raised) -> TaskError:

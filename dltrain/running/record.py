@@ -20,10 +20,10 @@ from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_json, write_json
 from dltrain.observing.ledger import Ledger
-from dltrain.observing.reports import EvalReport, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import EvalReport, SaveWanted, StepReport
 from dltrain.observing.view import Progress, View
 from dltrain.running.agent import LogLine
-from dltrain.running.lifecycle import Event
+from dltrain.running.events import Event
 from dltrain.running.rundir import RunDir
 from dltrain.running.trail import Trail
 from dltrain.spec import JobSpec
@@ -44,6 +44,7 @@ class Record:
 
     def __init__(self, spec: JobSpec, run: RunDir, hub: Hub, view: View, launched: float) -> None:
         self._spec, self._run, self._hub, self._view = spec, run, hub, view
+        self.name = spec.name
         before = read_json(run.store, "ledger.json") or {}
         seconds = dict(before.get("seconds", {}))
         _book_gap(seconds, read_json(run.store, "state.json"))
@@ -62,27 +63,39 @@ class Record:
         self.samples, self.step_seconds, self.steps_made = 0, 0.0, 0
         self.first_step_seconds: float | None = None
         self.metrics: dict[str, float] = {}
-        self.best: dict[str, Any] | None = None
+        self._bests: list[dict[str, Any]] = []
+        self.evaluated_step = -1
+        self.committed_step = -1
+        self.snapshot_every = 0
+        # step -> what belongs into the manifest of its checkpoint
+        self._saving: dict[int, dict[str, Any]] = {}
         self.problem = ""
 
     # ---- from the ranks ----
 
-    def start_attempt(self, attempt: int, num_ranks: int, trail: Mapping[str, Any] | None) -> None:
-        """A new group, going on from the trail in its checkpoint; reports of the old one are not waited for."""
-        self.trail = Trail.of(trail)
-        self._attempt, self._num_ranks = attempt, num_ranks
+    def start_attempt(self, attempt: int, num_ranks: int, step: int, trail: Trail) -> None:
+        """A new group that goes on after `step`, and from this trail; reports of the old one are not waited for."""
+        self.trail = trail
+        self._attempt, self._num_ranks, self.committed_step = attempt, num_ranks, step
+        while self._bests and self._bests[-1]["step"] > step:
+            self._bests.pop()
         # A step that any rank has made is made again by the new group.
         self._highest = max(self._highest, self._latest)
         self._partial.clear()
         self._hub.metrics.start_ranks(num_ranks)
 
     def step(self, report: StepReport, now: float, total_steps: int) -> None:
-        """One rank's step; the line is written when every rank has reported it."""
+        """One rank's step; the line is written when every rank has reported it.
+
+        A report may come twice: from its agent, and from who holds the rank's black box.
+        """
+        reports = self._partial.setdefault(report.step, {})
+        if report.attempt != self._attempt or report.step <= self.committed_step or report.rank in reports:
+            return
         self._hub.on_step(report)
         self._latest = max(self._latest, report.step)
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._launched
-        reports = self._partial.setdefault(report.step, {})
         reports[report.rank] = report
         if len(reports) == self._num_ranks:
             self._commit_step([reports[r] for r in range(self._num_ranks)], now, total_steps)
@@ -91,7 +104,8 @@ class Record:
     def _commit_step(self, reports: Sequence[StepReport], now: float, total_steps: int) -> None:
         first = reports[0]
         sums = sum((BatchSum(*numbers) for r in reports for numbers in r.sums.values()), BatchSum())
-        self.trail.add(reports)
+        self.trail.add(first.step, reports)
+        self.committed_step = first.step
         self._quarantine(reports)
         data_wait = max(r.phases.get("data_wait", 0.0) for r in reports)
         redone = first.step <= self._highest
@@ -106,7 +120,7 @@ class Record:
         self._steps.add(
             {
                 "step": first.step,
-                "time": round(time.time(), 3),
+                "time": round(max(r.time for r in reports), 3),
                 "attempt": self._attempt,
                 "loss": loss,
                 "samples": first.size,
@@ -123,8 +137,15 @@ class Record:
         )
         if sums.count != first.size:
             self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
+        self._snapshots(first)
         progress = Progress(first.step, total_steps, loss, self.rate, self._wait_share(), self._num_ranks)
         self._view.on_step(progress)
+
+    def _snapshots(self, report: StepReport) -> None:
+        if report.snapshot_every != self.snapshot_every:
+            self.snapshot_every = report.snapshot_every
+            self._hub.metrics.snapshot_every.set(report.snapshot_every)
+            self.note("snapshots", step=report.step, every=report.snapshot_every)
 
     def _quarantine(self, reports: Sequence[StepReport]) -> None:
         for report in reports:
@@ -151,19 +172,33 @@ class Record:
     def evaluated(self, report: EvalReport, now: float) -> None:
         """An evaluation; every rank has the same figures, rank 0's are taken."""
         if report.rank == 0:
-            self.metrics = dict(report.metrics)
+            self.metrics, self.evaluated_step = dict(report.metrics), report.step
             self.ledger.part("eval", report.seconds, now)
             self._hub.on_eval(report)
             if report.is_best:
                 metric = self._spec.train.best.metric
-                self.best = {"metric": metric, "value": report.metrics[metric], "step": report.step}
+                self._bests.append({"metric": metric, "value": report.metrics[metric], "step": report.step})
             self._view.on_eval(report.step, report.metrics, report.is_best)
 
-    def saved(self, report: Saved | SaveFailed, now: float) -> None:
-        """How long saving held rank 0 up."""
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation so far."""
+        return self._bests[-1] if self._bests else None
+
+    @best.setter
+    def best(self, value: dict[str, Any] | None) -> None:
+        self._bests = [value] if value else []
+
+    def saving(self, report: SaveWanted, now: float) -> None:
+        """A checkpoint has been copied; what is known of the run at this step goes into its manifest."""
         if report.rank == 0:
             self.ledger.part("checkpoint_stall", report.seconds, now)
             self._hub.metrics.checkpoint_seconds.inc(report.seconds)
+            self._saving[report.step] = {"metrics": self.metrics, "best": self.best, "ledger": self.ledger.to_dict()}
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Of a checkpoint that is being committed."""
+        return {**self._saving.pop(step, {}), "audit": self.trail.at(step).to_dict()}
 
     def save_failed(self, step: int, reason: str) -> None:
         """A checkpoint was lost; training goes on."""
@@ -187,7 +222,7 @@ class Record:
 
     def event(self, event: Event) -> None:
         """A lifecycle event."""
-        fields = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("file", "meta")}
+        fields = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("file", "meta", "parts", "whole")}
         self.note(type(event).__name__, **fields)
 
     def note(self, name: str, **fields: Any) -> None:

@@ -1,15 +1,16 @@
 """Which rows the committed steps of a run were trained on, as sums per epoch: what `dltrain audit` checks.
 
 trail = Trail.of(checkpoint.manifest.get("audit"))
-trail.add(reports)
-manifest["audit"] = trail.to_dict()
+trail.add(step, reports)
+manifest["audit"] = trail.at(step).to_dict()
 
-It follows the weights: a restart from a checkpoint begins with the trail that was saved with it.
+It follows the weights: a restart from a checkpoint begins with the trail that was saved with it, one from a snapshot
+in memory with the trail as it was at that step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ from dltrain.observing.reports import StepReport
 
 __all__ = ["Trail"]
 
-
 Where = tuple[int, int]
+# Steps that may be gone back over.
+_HISTORY = 8192
 
 
 class Trail:
@@ -29,13 +31,30 @@ class Trail:
         self, sums: Mapping[Where, BatchSum] | None = None, replaced: Mapping[Where, int] | None = None
     ) -> None:
         self.sums, self.replaced = dict(sums or {}), Counter(replaced or {})
+        self._history: deque[tuple[int, list[tuple[Where, BatchSum]], list[Where]]] = deque(maxlen=_HISTORY)
 
-    def add(self, reports: Iterable[StepReport]) -> None:
+    def add(self, step: int, reports: Iterable[StepReport]) -> None:
         """Adds what the ranks trained in one step."""
+        sums, replaced = [], []
         for report in reports:
-            for where, numbers in report.sums.items():
-                self.sums[where] = self.sums.get(where, BatchSum()) + BatchSum(*numbers)
-            self.replaced.update((source, epoch) for source, epoch, _, _ in report.replaced)
+            sums += [(where, BatchSum(*numbers)) for where, numbers in report.sums.items()]
+            replaced += [(source, epoch) for source, epoch, _, _ in report.replaced]
+        for where, part in sums:
+            self.sums[where] = self.sums.get(where, BatchSum()) + part
+        self.replaced.update(replaced)
+        self._history.append((step, sums, replaced))
+
+    def at(self, step: int) -> Trail:
+        """As it was after an earlier step, of the newest few thousand."""
+        before = Trail(self.sums, self.replaced)
+        for later, sums, replaced in reversed(self._history):
+            if later <= step:
+                break
+            for where, part in sums:
+                before.sums[where] -= part
+            before.replaced.subtract(replaced)
+        before.sums = {where: s for where, s in before.sums.items() if s.count}
+        return before
 
     def to_dict(self) -> dict[str, Any]:
         """For a manifest; the hashes as hex, since they are wider than JSON's numbers are in other languages."""

@@ -1,6 +1,6 @@
-"""The worker: one rank as a plain process, started and killed by its agent.
+"""The worker: one rank as a plain process, born in its agent's nursery and killed by its agent.
 
-    python -m dltrain.running.worker FD PARENT_PID
+    python -m dltrain.running.worker CONTROL_FD PARENT_PID
 
 It imports what is slow, waits for its job on the pipe, and sends reports back. No Ray in here.
 """
@@ -11,38 +11,65 @@ import contextlib
 import ctypes
 import gc
 import os
+import pickle
+import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
 import warnings
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from dltrain.errors import RunFailedError, UserError
-from dltrain.observing.reports import Note, Raised
+from dltrain.observing.reports import Note, Raised, StepReport
+from dltrain.running.blackbox import BlackBox
+from dltrain.running.messages import Bytes, Command, Hello, Unpin, Want
 from dltrain.training.plan import RankJob
 
-__all__ = ["main"]
+__all__ = ["die_with", "import_slow_things", "main", "serve"]
 
 _PR_SET_PDEATHSIG = 1
 # What torch says when another rank went away; the text is all there is to tell it by.
 _PEER_WORDS = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "store")
 
 
-def main(fd: int, parent: int) -> int:
-    """Runs one job; the exit code is 0 when it ended by itself, 1 when something was raised."""
-    _die_with(parent)
+def main(control_fd: int, parent: int) -> NoReturn:
+    """A fresh interpreter that is kept waiting: imports, then serves what comes over the control socket."""
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=control_fd)
+    import_slow_things()
+    message, fds, _, _ = socket.recv_fds(control, 2, 3)
+    if not message:
+        os._exit(0)
+    connection_fd, stdout, stderr = fds
+    serve(connection_fd, stdout, stderr, parent)
+
+
+def serve(connection_fd: int, stdout: int, stderr: int, parent: int) -> NoReturn:
+    """Runs the job that comes over the connection; the exit code is 0 when it ended by itself, 1 when it raised."""
+    die_with(parent)
+    # A group of its own, so that its children end with it.
+    os.setpgid(0, 0)
     _be_as_nice_as_others()
     # Ctrl-C reaches the driver, which asks for a clean stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(fd)
-    _import_slow_things()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.close(stdout)
+    os.close(stderr)
+    gc.enable()
+    connection = Connection(connection_fd)
     try:
-        job = connection.recv()
+        code = _run(connection.recv(), connection)
     except EOFError:
-        return 0
-    return _run(job, connection)
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of storage clients and of torch may hold the interpreter up.
+    os._exit(code)
 
 
 def _be_as_nice_as_others() -> None:
@@ -51,24 +78,25 @@ def _be_as_nice_as_others() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Has the kernel end this process when its parent does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _import_slow_things() -> None:
-    """All that the first step would import: 5 s in the background instead of in the way."""
-    from dltrain.training import cpu_op
-
-    cpu_op.use_own_cache()
+def import_slow_things() -> None:
+    """All that the first step would import: seconds in the background instead of in the way."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed  # noqa: F401
     import torch._dynamo  # noqa: F401
     from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
 
     _import_muon()
-    from dltrain.training import loop  # noqa: F401
+    from dltrain.training import cpu_op, loop  # noqa: F401
+
+    if cpu_op.is_built():
+        cpu_op.load()
 
 
 def _import_muon() -> None:
@@ -83,30 +111,60 @@ def _import_muon() -> None:
         compiler.compile = compiles
 
 
+class _Link:
+    """The worker's end of the pipe: what the agent wants of it, and bytes that it asked for."""
+
+    def __init__(self, connection: Connection, box: BlackBox) -> None:
+        self._connection, self._box = connection, box
+        self._bytes: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.wish = ""
+        self.loop: Any = None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def send(self, report: Any) -> None:
+        data = pickle.dumps(report)
+        if isinstance(report, StepReport):
+            self._box.add(data)
+        self._connection.send_bytes(data)
+
+    def ask(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a snapshot on another machine, through the agents."""
+        self._connection.send(Want(name, start, end))
+        found = self._bytes.get()
+        if found is None:
+            raise RunFailedError(f"the snapshot {name} can't be read any more: its agent is gone")
+        return found
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                match self._connection.recv():
+                    case Command(text):
+                        self.wish = text
+                    case Unpin(slot):
+                        if self.loop:
+                            self.loop.unpin(slot)
+                    case Bytes(data):
+                        self._bytes.put(data)
+
+
 def _run(job: RankJob, connection: Connection) -> int:
     from dltrain.training.loop import Loop
 
-    stop = threading.Event()
-    threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
+    box = BlackBox()
+    box.alive("starting")
+    link = _Link(connection, box)
     loop: Loop | None = None
     try:
-        task, device = _load(job), _join_group(job, connection)
-        loop = Loop(job, task, device, stop.is_set)
+        link.send(Hello(job.rank, box.fd))
+        task, device = _load(job), _join_group(job, link)
+        loop = link.loop = Loop(job, task, device, wish=lambda: link.wish, alive=box.alive, ask=link.ask)
         for report in loop.run():
-            connection.send(report)
+            link.send(report)
     except BaseException as error:
-        connection.send(_raised(job, loop, error))
+        link.send(_raised(job, loop, error))
         return 1
     return 0
-
-
-def _listen(connection: Connection, stop: threading.Event) -> None:
-    try:
-        while True:
-            if connection.recv() == "stop":
-                stop.set()
-    except (EOFError, OSError):
-        return
 
 
 def _load(job: RankJob) -> Any:
@@ -115,7 +173,7 @@ def _load(job: RankJob) -> Any:
     return load_task(job.spec.task, job.spec.args, job.cwd)
 
 
-def _join_group(job: RankJob, connection: Connection) -> Any:
+def _join_group(job: RankJob, link: _Link) -> Any:
     """Joins the attempt's process group; returns the rank's device."""
     os.environ.update(job.environment)
     import deepspeed
@@ -130,7 +188,9 @@ def _join_group(job: RankJob, connection: Connection) -> Any:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         if job.rank == 0 and not cpu_op.is_built():
-            connection.send(Note(0, "compiling DeepSpeed's CPU op: about a minute, once on this machine"))
+            link.send(Note(0, "compiling DeepSpeed's CPU op: about a minute, once on this machine"))
+        with contextlib.redirect_stdout(sys.stderr):
+            cpu_op.load()
     backend = "nccl" if job.device == "cuda" else "gloo"
     # It prints about its op; stdout is the user's.
     with contextlib.redirect_stdout(sys.stderr):
@@ -178,8 +238,4 @@ def _trace(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]), int(sys.argv[2]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: threads of storage clients and of torch may hold the interpreter up.
-    os._exit(code)
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,7 +1,7 @@
 """The batches just ahead, and what all ranks must know of them before they are trained.
 
 ahead = Ahead(stream, num_ranks, device)
-following = ahead.take(steps_left, stop=stop_was_asked_for)   # None on every rank: stop now
+following = ahead.take(steps_left, wish)   # None on every rank: end here, ahead.agreed says why
 following.batch, following.global_count
 
 The exact mean over a global batch needs its count, and a stop must happen at the same step everywhere. A
@@ -11,6 +11,7 @@ fit into a quarter of a second, and hold so many batches.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -22,13 +23,18 @@ import torch.distributed as dist
 
 from dltrain.data.stream import StepBatch, TrainStream
 
-__all__ = ["Ahead", "Following", "num_ahead"]
+__all__ = ["WISHES", "Ahead", "Following", "num_ahead", "snapshot_steps"]
+
+# Reasons to end before the last step; the first that any rank has is what all do.
+WISHES = ("stop", "drain", "pause")
 
 MOST = 16
 _SECONDS = 0.25
 _BYTES = 64 * 1024 * 1024
 # Making batches in the training thread: how large a share of the time is worth a thread.
 _JUDGED, _SHARE = 5, 0.05
+# What snapshots in memory may cost of the time.
+_SNAPSHOT_SHARE, _SNAPSHOTS_JUDGED = 0.02, 5
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,20 @@ def num_ahead(step_seconds: float, batch_bytes: float) -> int:
     return max(1, min(MOST, int(_SECONDS / step_seconds), int(_BYTES / max(batch_bytes, 1.0))))
 
 
+def snapshot_steps(snapshot_seconds: float, step_seconds: float) -> int:
+    """Steps between snapshots in memory, so that they take at most a fiftieth of the time."""
+    if snapshot_seconds <= 0 or step_seconds <= 0:
+        return 1
+    return max(1, math.ceil(snapshot_seconds / (_SNAPSHOT_SHARE * step_seconds)))
+
+
 class Ahead:
     """Takes batches from a stream a few at a time, and agrees on them with the other ranks.
 
     Every rank calls `take` for every step. What making a batch raises is raised by the `take` of its step.
+
+    Attributes:
+        agreed: why `take` gave None; snapshot_every: steps between snapshots, the same on every rank.
     """
 
     def __init__(self, stream: TrainStream, num_ranks: int, device: torch.device) -> None:
@@ -59,15 +75,18 @@ class Ahead:
         # since the last exchange
         self._steps, self._seconds = 0, 0.0
         self._shares: deque[float] = deque(maxlen=_JUDGED)
+        self._snapshots: deque[float] = deque(maxlen=_SNAPSHOTS_JUDGED)
+        self.agreed = ""
+        self.snapshot_every = 1
 
-    def take(self, steps_left: int, stop: bool) -> Following | None:
-        """The next step, or None when any rank was asked to stop.
+    def take(self, steps_left: int, wish: str) -> Following | None:
+        """The next step, or None when any rank has a wish.
 
         Args:
             steps_left: including this one; the same on every rank.
-            stop: this rank was asked to stop; noticed at an exchange.
+            wish: one of `WISHES`, or an empty text; noticed at an exchange.
         """
-        if not self._held and not self._fill(min(self._size, steps_left), stop):
+        if not self._held and not self._fill(min(self._size, steps_left), wish):
             return None
         batch, count = self._held.popleft()
         if isinstance(batch, Exception):
@@ -80,9 +99,13 @@ class Ahead:
         self._steps += 1
         self._seconds += seconds
 
+    def snapshot_took(self, seconds: float) -> None:
+        """How long a snapshot in memory held this rank up."""
+        self._snapshots.append(seconds)
+
     # ---- the exchange ----
 
-    def _fill(self, steps: int, stop: bool) -> bool:
+    def _fill(self, steps: int, wish: str) -> bool:
         begin = time.perf_counter()
         batches = list(self._make(steps))
         self._judge(time.perf_counter() - begin)
@@ -90,12 +113,18 @@ class Ahead:
         weight = sum(_bytes(b) for b in batches) / steps
         mean_seconds = self._seconds / self._steps if self._steps else 0.0
         # Whole microseconds and bytes add up exactly: all ranks draw the same conclusion.
-        mine = [float(stop), float(round(mean_seconds * 1e6)), float(round(weight)), *counts]
-        flag, microseconds, total_bytes, *totals = self._add_up(mine)
-        self._size = num_ahead(microseconds / 1e6 / self._num_ranks, total_bytes / self._num_ranks)
+        snapshot = statistics.median(self._snapshots) if self._snapshots else 0.0
+        wishes = [float(wish == name) for name in WISHES]
+        numbers = [float(round(n)) for n in (mean_seconds * 1e6, weight, snapshot * 1e6)]
+        sums = self._add_up([*wishes, *numbers, *counts])
+        found, totals = [value / self._num_ranks for value in sums[:6]], sums[6:]
+        self.agreed = next((name for name, flag in zip(WISHES, found, strict=False) if flag), "")
+        step_seconds, batch_bytes, snapshot = found[3] / 1e6, found[4], found[5] / 1e6
+        self._size = num_ahead(step_seconds, batch_bytes)
+        self.snapshot_every = snapshot_steps(snapshot, step_seconds)
         self._steps, self._seconds = 0, 0.0
         self._held.extend(zip(batches, totals, strict=False))
-        return not flag
+        return not self.agreed
 
     def _make(self, steps: int) -> Iterator[StepBatch | Exception]:
         for _ in range(steps):

@@ -1,6 +1,6 @@
 """The loop of one rank: a generator of reports that the worker sends on.
 
-    for report in Loop(job, task, device, stop=event.is_set).run():
+    for report in Loop(job, task, device, wish=lambda: "", alive=lambda phase: None, ask=no_other_machine).run():
         send(report)
 
 All ranks take the same number of steps and enter the same collectives: whatever decides (a stop request, a
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dltrain.checkpoint.commit import Checkpoint, write_rank
+from dltrain.checkpoint.commit import Checkpoint
+from dltrain.checkpoint.fragments import average_buffers
 from dltrain.checkpoint.reader import FragmentReader
-from dltrain.checkpoint.snapshot import load, take
+from dltrain.checkpoint.slots import SlotStore
+from dltrain.checkpoint.snapshot import Snapshots, load
 from dltrain.data.batch import Batch, Sum
 from dltrain.data.catalog import Catalog, check_columns
 from dltrain.data.mixture import Mixture
@@ -28,8 +30,8 @@ from dltrain.data.order import Order, key
 from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
-from dltrain.errors import DltrainError, RunFailedError, UserError
-from dltrain.observing.reports import Done, EvalReport, Ready, Report, Saved, SaveFailed, StepReport
+from dltrain.errors import RunFailedError, UserError
+from dltrain.observing.reports import Done, EvalReport, Ready, Report, SaveFailed, SaveWanted, SlotsMade, StepReport
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
@@ -39,6 +41,7 @@ from dltrain.training.task import Task, load_collate
 __all__ = ["Loop", "reduce_sums"]
 
 _EVAL_ROWS = 256
+_SLOT_SECONDS = 0.01
 
 
 class Loop:
@@ -47,19 +50,31 @@ class Loop:
     Args:
         job: what to do.
         device: where the network lives.
-        stop: asked before each step; a request by any rank ends the run within a quarter of a second or the step that
-            is under way, with a checkpoint.
+        wish: asked before each step; "stop", "drain" or "pause" of any rank ends all of them within a quarter of a
+            second or the step that is under way, the first two with a checkpoint, the last with a snapshot in memory.
+        alive: told the phase, again and again.
+        ask: gives bytes of a snapshot on another machine.
     """
 
-    def __init__(self, job: RankJob, task: Task, device: torch.device, stop: Callable[[], bool]) -> None:
-        self._job, self._task, self._device, self._stop = job, task, device, stop
+    def __init__(
+        self,
+        job: RankJob,
+        task: Task,
+        device: torch.device,
+        wish: Callable[[], str],
+        alive: Callable[[str], None],
+        ask: Callable[[str, int, int], bytes],
+    ) -> None:
+        self._job, self._task, self._device = job, task, device
+        self._wish, self._alive, self._ask = wish, alive, ask
         self._spec = job.spec
         self._store = open_store(job.checkpoints)
         self._best = job.best
         # training state
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
-        self._saved_step, self._evaluated_step = (job.step if job.resume else -1), -1
+        self._saved_step = job.step if job.resume and not job.memory else -1
+        self._evaluated_step = job.step if job.evaluated else -1
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -68,20 +83,26 @@ class Loop:
     def run(self) -> Iterator[Report]:
         """Builds, loads, trains to the end or to a stop request, evaluating and saving on the way."""
         yield self._prepare()
-        stopped = False
         self._mark = time.perf_counter()
         try:
+            if self._job.unfinished:
+                # The attempt before ended between a step and what follows it.
+                yield from self._between_steps()
             while self.position < self._job.schedule.end:
                 report = self._train_step()
                 if report is None:
-                    stopped = True
                     break
                 yield report
+                yield from self._remember()
                 yield from self._between_steps()
-            if not stopped:
+            why = self._ahead.agreed
+            if not why:
                 yield from self._evaluate()
-            yield from self._save()
-            yield Done(self._job.rank, self.step, stopped)
+            if why == "pause":
+                yield from self._remember(always=True)
+            else:
+                yield from self._save(must=True)
+            yield Done(self._job.rank, self.step, why)
         finally:
             self._stream.close()
             self._reader.close()
@@ -89,11 +110,13 @@ class Loop:
                 self._pool.close()
 
     def _between_steps(self) -> Iterator[Report]:
-        schedule = self._job.schedule
-        if self.step % schedule.eval_every == 0:
+        if self._due(self._job.schedule.eval_every):
             yield from self._evaluate()
-        if self.step % schedule.checkpoint_every == 0:
-            yield from self._save()
+        if self._due(self._job.schedule.checkpoint_every):
+            yield from self._save(must=self.position >= self._job.schedule.end)
+
+    def _due(self, every: int) -> bool:
+        return self.step > 0 and self.step % every == 0
 
     # ---- starting ----
 
@@ -140,6 +163,9 @@ class Loop:
         )
         seconds["engine"] = -begin + (begin := time.perf_counter())
         self._resume()
+        engine = self._engine
+        self._snapshots = Snapshots(engine.engine, engine.module, job.rank, job.num_ranks, job.attempt)
+        self._generation = 0
         seconds["load"] = time.perf_counter() - begin
         return Ready(job.rank, _pid(), num_parameters, seconds)
 
@@ -153,21 +179,26 @@ class Loop:
 
     def _resume(self) -> None:
         self._engine.step_count = self.step
-        if self._job.resume:
-            checkpoint = Checkpoint(self._job.resume["path"], self._job.resume)
-            reader = FragmentReader(self._store, checkpoint)
-            load(self._engine.engine, self._engine.module, reader, int(self._job.resume["optimizer_step"]))
-            self._applied_steps = int(self._job.resume["optimizer_step"])
-        else:
-            self._applied_steps = 0
+        job, self._applied_steps = self._job, 0
+        if not job.resume:
+            return
+        self._applied_steps = int(job.resume["optimizer_step"])
+        memory = SlotStore(job.memory, self._ask) if job.memory else None
+        reader = FragmentReader(memory or self._store, Checkpoint(job.resume["path"], job.resume))
+        load(self._engine.engine, self._engine.module, reader, self._applied_steps, job.rank, job.num_ranks)
+        if memory:
+            memory.close()
 
     # ---- one step ----
 
     def _train_step(self) -> StepReport | None:
         """One step, or None when the ranks have agreed to stop."""
         clock = _Phases(self._mark)
+        # What came after the last step: its report, its snapshot.
+        clock.lap("other")
         left = -(-(self._job.schedule.end - self.position) // self._spec.batch.global_)
-        following = self._ahead.take(left, self._stop())
+        self._alive("data")
+        following = self._ahead.take(left, self._wish())
         if following is None:
             return None
         batch = self.current = following.batch
@@ -180,6 +211,7 @@ class Loop:
         clock.lap("optimizer")
         self.step += 1
         self.position = batch.position
+        self._alive("step")
         self._applied_steps += int(result.applied)
         self._mark = clock.now
         self._ahead.trained(clock.now - clock.begin)
@@ -188,6 +220,7 @@ class Loop:
 
     def _micro_step(self, index: int, micro: Batch, last: bool, clock: _Phases) -> None:
         # Keyed, not continued: dropout of a step is the same whether or not the run was resumed before it.
+        self._alive("step")
         _seed(self._device, key(self._spec.train.seed, self.step, self._job.rank, index) >> 1)
         moved = micro.to(self._device)
         clock.lap("h2d")
@@ -213,6 +246,9 @@ class Loop:
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
+            time=time.time(),
+            snapshot_every=self._ahead.snapshot_every,
+            attempt=self._job.attempt,
         )
 
     def _check_finite(self, result: StepResult) -> None:
@@ -234,11 +270,9 @@ class Loop:
         self._mark = time.perf_counter()
         yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin)
         if is_best:
-            yield from self._save()
+            yield from self._save(must=True)
 
     def _metrics(self, catalog: Catalog) -> dict[str, float]:
-        from dltrain.checkpoint.fragments import average_buffers
-
         job = self._job
         average_buffers(self._engine.module)
         self._engine.eval()
@@ -255,6 +289,7 @@ class Loop:
         try:
             with torch.no_grad():
                 for chunk, batch in chunks:
+                    self._alive("eval")
                     found = self._task.evaluate(self._engine, batch.to(self._device))
                     if chunk >= 0:
                         sums.append((chunk, found))
@@ -280,21 +315,55 @@ class Loop:
             self._best = value
         return better
 
-    def _save(self) -> Iterator[Report]:
+    def _remember(self, always: bool = False) -> Iterator[Report]:
+        """A snapshot in memory, when one is due."""
+        if not always and not self._due(self._ahead.snapshot_every):
+            return
+        schedule = self._job.schedule
+        if self._due(schedule.eval_every) or self._due(schedule.checkpoint_every):
+            # They average buffers: a snapshot of this step is of what they leave, whenever it was taken.
+            average_buffers(self._engine.module)
+        begin = time.perf_counter()
+        self._snapshots.take(self.step, self.position, self._applied_steps)
+        self._ahead.snapshot_took(time.perf_counter() - begin)
+        yield from self._announce()
+
+    def _save(self, must: bool = False) -> Iterator[Report]:
+        """A snapshot that the agent writes to the store while training goes on.
+
+        One that comes before the last is written is left out, unless it `must` be made.
+        """
         if self._saved_step == self.step:
             return
         self._saved_step = self.step
-        job, begin = self._job, time.perf_counter()
-        snapshot = take(self._engine.engine, self._engine.module, job.rank, job.num_ranks)
-        try:
-            file = write_rank(self._store, self.step, job.attempt, job.rank, snapshot.tensors, snapshot.parts)
-        except (OSError, DltrainError) as error:
-            self._mark = time.perf_counter()
-            yield SaveFailed(job.rank, self.step, f"{type(error).__name__}: {error}", self._mark - begin)
-            return
-        meta = {**snapshot.meta, "optimizer_step": self._applied_steps} if job.rank == 0 else {}
+        rank, begin = self._job.rank, time.perf_counter()
+        self._alive("save")
+        average_buffers(self._engine.module)
+        slot = self._snapshots.take(self.step, self.position, self._applied_steps)
+        while slot is None and must:
+            self._alive("save")
+            time.sleep(_SLOT_SECONDS)
+            slot = self._snapshots.take(self.step, self.position, self._applied_steps)
+        yield from self._announce()
+        seconds = time.perf_counter() - begin
         self._mark = time.perf_counter()
-        yield Saved(job.rank, self.step, self.position, file, self._mark - begin, meta)
+        if slot is None:
+            yield SaveFailed(rank, self.step, "all memory for snapshots is in use", seconds)
+            return
+        self._snapshots.pin(slot)
+        yield SaveWanted(rank, self.step, self.position, slot, self._applied_steps, seconds, must)
+
+    def _announce(self) -> Iterator[Report]:
+        """Tells where snapshots are, at first and when the slots were made anew."""
+        if self._generation == self._snapshots.generation:
+            return
+        self._generation, layout = self._snapshots.generation, self._snapshots.layout
+        fds = tuple(self._snapshots.fds)
+        yield SlotsMade(self._job.rank, fds, layout.num_bytes, layout.parts, layout.whole, layout.ties)
+
+    def unpin(self, slot: int) -> None:
+        """The agent has written a slot to the store."""
+        self._snapshots.unpin(slot)
 
 
 class _Phases:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dltrain.checkpoint.slots import SlotPlace
 from dltrain.data.order import num_steps
 from dltrain.spec import JobSpec
 
@@ -90,6 +91,8 @@ class RankJob:
         train_catalog, eval_catalog: as Arrow IPC bytes (`Catalog.to_bytes`).
         checkpoints: URL of the run's checkpoints.
         resume: manifest of the checkpoint to start from, with its path under `checkpoints`.
+        memory: name of a rank's file -> where to read it, when that checkpoint is one in memory.
+        evaluated: the evaluation of `step` has been made; unfinished: what follows a step may still have to be.
         best: value of the best metric so far.
         cwd: the user's working directory, first on the import path.
     """
@@ -108,6 +111,9 @@ class RankJob:
     eval_catalog: bytes | None
     checkpoints: str
     resume: Mapping[str, Any] | None = None
+    memory: Mapping[str, SlotPlace] | None = None
+    evaluated: bool = False
+    unfinished: bool = False
     best: float | None = None
     cwd: str = "."
     device: str = "cpu"

@@ -39,7 +39,7 @@ from torch import nn  # noqa: E402
 
 from dltrain import Batch, Keys, Task  # noqa: E402
 from dltrain.running.agent import MEMORY  # noqa: E402
-from dltrain.training.cpu_op import use_own_cache  # noqa: E402
+from dltrain.training import cpu_op  # noqa: E402
 
 
 def build() -> nn.Module:
@@ -78,7 +78,7 @@ def bare_rank(steps: int) -> None:
     """One rank of the bare loop; rank 0 prints its steps per second."""
     import deepspeed
 
-    use_own_cache()
+    cpu_op.load()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = int(os.environ["RANK"])

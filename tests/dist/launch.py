@@ -118,11 +118,12 @@ def _main(call: bytes, environment: dict[str, str], pipe: Connection) -> None:
 def _call(call: bytes) -> Any:
     # torch's own names, deprecated by torch and called by DeepSpeed several times a step.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from dltrain.training import cpu_op
-
-    cpu_op.use_own_cache()
     import deepspeed
     import torch
+
+    from dltrain.training import cpu_op
+
+    cpu_op.load()
 
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -10,7 +10,7 @@ import torch
 
 from dltrain.data.batch import Batch
 from dltrain.data.stream import StepBatch
-from dltrain.training.ahead import MOST, Ahead, num_ahead
+from dltrain.training.ahead import MOST, WISHES, Ahead, num_ahead, snapshot_steps
 
 
 class Stream:
@@ -37,7 +37,7 @@ def ahead(stream: Any) -> Ahead:
 def train(source: Ahead, steps: int, seconds: float, of: int) -> list[float]:
     counts = []
     for step in range(steps):
-        following = source.take(of - step, stop=False)
+        following = source.take(of - step, wish="")
         assert following is not None
         counts.append(following.global_count)
         source.trained(seconds)
@@ -75,8 +75,27 @@ def test_few_are_held_at_first_and_when_steps_are_slow() -> None:
 def test_a_stop_is_noticed_at_the_next_exchange() -> None:
     source = ahead(Stream())
     train(source, 3, 0.02, of=100)
-    taken = [source.take(97, stop=True) is not None for _ in range(12)]
+    taken = [source.take(97, wish="stop") is not None for _ in range(12)]
     assert taken == [True] * 11 + [False]
+
+
+def test_every_wish_is_agreed_on() -> None:
+    for wish in WISHES:
+        source = ahead(Stream())
+        assert source.take(10, wish=wish) is None
+        assert source.agreed == wish
+
+
+def test_snapshots_take_at_most_a_fiftieth_of_the_time() -> None:
+    assert snapshot_steps(0.0, 0.0) == 1
+    assert snapshot_steps(0.0003, 0.02) == 1
+    assert snapshot_steps(0.0005, 0.02) == 2
+    assert snapshot_steps(2.0, 1.0) == 100
+    source = ahead(Stream())
+    for _ in range(5):
+        source.snapshot_took(0.004)
+    train(source, 30, 0.02, of=100)
+    assert source.snapshot_every == 10
 
 
 def test_what_a_batch_raises_comes_in_its_turn() -> None:
@@ -84,7 +103,7 @@ def test_what_a_batch_raises_comes_in_its_turn() -> None:
     assert train(source, 4, 0.02, of=100) == [1, 2, 3, 4]
     for _ in range(2):
         with pytest.raises(KeyError, match="label"):
-            source.take(96, stop=False)
+            source.take(96, wish="")
 
 
 def test_a_thread_makes_batches_when_that_takes_a_share_of_the_steps() -> None:

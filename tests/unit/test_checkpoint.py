@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from dltrain.checkpoint import reader as reader_module
 from dltrain.checkpoint.commit import (
@@ -35,15 +36,14 @@ def store(tmp_path: Path) -> Store:
 
 
 def save(store: Store, step: int, attempt: int = 1, best: int | None = None, offset: float = 0.0) -> None:
-    """Two ranks that hold 5 and 7 elements of one weight, and rank 0 a buffer."""
+    """Two ranks that hold 5 and 7 elements of one weight, and a buffer each."""
     files = []
     for rank, (lo, hi) in enumerate(((0, 5), (5, 12))):
         values = WEIGHT.reshape(-1)[lo:hi] + offset
         tensors = {"param:w": values.clone(), "exp_avg:w": values * 2}
-        parts: list[Any] = [["w", kind, [3, 4], f"{kind}:w", lo, hi - lo] for kind in ("param", "exp_avg")]
-        if rank == 0:
-            tensors["buffer:count"] = torch.tensor(7)
-        files.append(write_rank(store, step, attempt, rank, tensors, parts))
+        parts: list[Any] = [["w", kind, [3, 4], f"{kind}:w", lo, hi - lo, 0] for kind in ("param", "exp_avg")]
+        tensors["buffer:count"] = torch.tensor(7)
+        files.append({**write_rank(store, step, attempt, rank, to_bytes(tensors)), "parts": parts})
     meta = {"position": step * 10, "whole": ["buffer:count"], "ties": {"head": "w"}, "num_ranks": 2}
     commit(store, step, attempt, files, {**meta, "best": {"step": best} if best else None})
 
@@ -53,7 +53,7 @@ def steps(store: Store) -> list[int]:
 
 
 def test_without_a_manifest_there_is_nothing(store: Store) -> None:
-    write_rank(store, 5, 1, 0, {"a": torch.zeros(1)}, [])
+    write_rank(store, 5, 1, 0, to_bytes({"a": torch.zeros(1)}))
     assert list_checkpoints(store) == []
     save(store, 6)
     assert steps(store) == [6]
@@ -94,8 +94,8 @@ def test_pruning_keeps_the_newest_and_the_best(store: Store) -> None:
     for step in (5, 10, 15, 20):
         save(store, step, best=5)
     # An attempt that died before its manifest.
-    write_rank(store, 12, 3, 0, {"a": torch.zeros(1)}, [])
-    write_rank(store, 25, 3, 0, {"a": torch.zeros(1)}, [])
+    write_rank(store, 12, 3, 0, to_bytes({"a": torch.zeros(1)}))
+    write_rank(store, 25, 3, 0, to_bytes({"a": torch.zeros(1)}))
     assert prune(store, keep=2, best_step=5) == [10]
     assert steps(store) == [5, 15, 20]
     left = {name.split("/")[0] for name in store.list()}
@@ -104,7 +104,7 @@ def test_pruning_keeps_the_newest_and_the_best(store: Store) -> None:
 
 
 def test_discarding_removes_what_there_is(store: Store) -> None:
-    write_rank(store, 5, 1, 0, {"a": torch.zeros(1)}, [])
+    write_rank(store, 5, 1, 0, to_bytes({"a": torch.zeros(1)}))
     discard(store, 5, 1)
     assert store.list() == []
 

@@ -6,25 +6,27 @@ import itertools
 from typing import Any
 
 from dltrain.errors import CapacityError, RunFailedError, TaskError, UserError
-from dltrain.observing.reports import Done, Raised, Ready, Saved, SaveFailed, StepReport
-from dltrain.running.lifecycle import (
-    PEER_GRACE_SECONDS,
+from dltrain.observing.reports import Done, Raised, Ready, Saved, SaveFailed, SaveWanted, StepReport
+from dltrain.running.events import (
     AgentLost,
     Commit,
     Committed,
     Discard,
+    Drained,
     End,
     Exited,
+    Hung,
     KillWorkers,
-    Lifecycle,
     Place,
     Placed,
+    Release,
     Say,
     StartAttempt,
     StopRequested,
-    TellStop,
+    Tell,
     Tick,
 )
+from dltrain.running.lifecycle import PEER_GRACE_SECONDS, Lifecycle
 
 
 def step(number: int, rank: int = 0) -> StepReport:
@@ -46,8 +48,9 @@ def running(workers: int = 2, restarts: int = 10, minimum: int | None = None) ->
 
 
 def again(life: Lifecycle, now: float) -> None:
-    """The slots are still there: a new attempt comes up."""
-    assert StartAttempt in kinds(life.handle(Placed(life.max_workers), now))
+    """The slots are still there: a new attempt comes up, after a pause if those before made no step."""
+    slots = Placed(life.max_workers)
+    assert StartAttempt in kinds(life.handle(slots, now) or life.handle(slots, now + 30))
     for rank in range(life.num_ranks):
         life.handle(Ready(rank, 200 + rank, 10, {}), now)
 
@@ -71,8 +74,8 @@ def test_from_nothing_to_finished() -> None:
     assert life.handle(Saved(0, 1, 8, {}, 0.1), 2.0) == []
     assert life.handle(Saved(1, 1, 8, {}, 0.1), 2.0) == [Commit(1)]
     life.handle(Committed(1), 2.0)
-    assert life.handle(Done(0, 1, False), 3.0) == []
-    assert life.handle(Done(1, 1, False), 3.0) == [End("finished")]
+    assert life.handle(Done(0, 1), 3.0) == []
+    assert life.handle(Done(1, 1), 3.0) == [End("finished")]
     assert life.handle(Exited(0, 0), 4.0) == []
 
 
@@ -199,21 +202,21 @@ def test_a_last_checkpoint_that_is_lost_is_not_a_finished_run() -> None:
     for rank in (0, 1):
         life.handle(SaveFailed(rank, 10, "No space left", 0.1), 5.0)
     life.handle(Committed(10, "No space left"), 5.0)
-    life.handle(Done(0, 10, False), 6.0)
-    found = end(life.handle(Done(1, 10, False), 6.0))
+    life.handle(Done(0, 10), 6.0)
+    found = end(life.handle(Done(1, 10), 6.0))
     assert found.status == "failed"
     assert "No space left" in str(found.error)
 
 
 def test_stop_finishes_the_step_and_saves() -> None:
     life = running()
-    assert TellStop in kinds(life.handle(StopRequested(), 5.0))
+    assert Tell in kinds(life.handle(StopRequested(), 5.0))
     assert life.handle(StopRequested(), 5.1) == []
     for rank in (0, 1):
         life.handle(Saved(rank, 7, 56, {}, 0.1), 5.2)
     life.handle(Committed(7), 5.2)
-    life.handle(Done(0, 7, True), 5.3)
-    assert life.handle(Done(1, 7, True), 5.3) == [End("stopped")]
+    life.handle(Done(0, 7, "stop"), 5.3)
+    assert life.handle(Done(1, 7, "stop"), 5.3) == [End("stopped")]
 
 
 def test_stop_before_the_workers_are_up() -> None:
@@ -225,13 +228,102 @@ def test_stop_before_the_workers_are_up() -> None:
     life.handle(Placed(2), 0.1)
     assert kinds(life.handle(StopRequested(), 0.2)) == [Say]
     life.handle(Ready(0, 1, 1, {}), 1.0)
-    assert life.handle(Ready(1, 1, 1, {}), 1.0) == [TellStop()]
+    assert life.handle(Ready(1, 1, 1, {}), 1.0) == [Tell("stop")]
 
 
 def test_a_worker_that_dies_while_stopping_does_not_start_another() -> None:
     life = running()
     life.handle(StopRequested(), 5.0)
     assert end(life.handle(Exited(0, -9), 5.1)).status == "stopped"
+
+
+def test_the_end_waits_for_the_last_checkpoint_that_is_being_written() -> None:
+    life = running()
+    for rank in (0, 1):
+        life.handle(SaveWanted(rank, 9, 72, 0, 9, 0.001), 5.0)
+    life.handle(Done(0, 9), 5.1)
+    assert life.handle(Done(1, 9), 5.1) == []
+    # Its process may be gone by then.
+    assert life.handle(Exited(0, 0), 5.2) == []
+    life.handle(Saved(0, 9, 72, {}, 0.5), 5.6)
+    assert life.handle(Saved(1, 9, 72, {}, 0.5), 5.7) == [Commit(9)]
+    assert life.handle(Committed(9), 5.8) == [End("finished")]
+
+
+def test_a_hang_is_a_restart_with_the_stack_of_who_is_stuck() -> None:
+    life = running()
+    actions = life.handle(Hung(1, 12.0, "step", ("stack of 0", "stack of 1")), 20.0)
+    assert kinds(actions) == [KillWorkers, Say, Place]
+    assert "stack of 1" in actions[1].text
+    assert life.restart_reasons == ["hang"]
+
+
+def test_growing_pauses_at_a_step_and_goes_on_larger() -> None:
+    life = Lifecycle(1, 3, 10)
+    life.begin()
+    life.handle(Placed(2, final=True), 5.0)
+    for rank in (0, 1):
+        life.handle(Ready(rank, 1, 1, {}), 6.0)
+    assert kinds(life.handle(Placed(3), 9.0)) == [Say, Tell]
+    assert life.state == "resizing"
+    assert life.handle(Placed(3), 9.1) == []
+    life.handle(Done(0, 40, "pause"), 9.5)
+    assert life.handle(Done(1, 40, "pause"), 9.5) == [KillWorkers(), StartAttempt(3, 2)]
+    # Growing is no restart: the budget is for what goes wrong.
+    assert (life.step, life.restarts) == (40, 0)
+
+
+def drained(minimum: int) -> tuple[Lifecycle, list[Any]]:
+    life = Lifecycle(minimum, 3, 10)
+    life.begin()
+    life.handle(Placed(3), 0.0)
+    for rank in range(3):
+        life.handle(Ready(rank, 1, 1, {}), 1.0)
+    assert kinds(life.handle(Drained(1), 5.0)) == [Say, Tell]
+    assert life.handle(Drained(1), 5.1) == []
+    for rank in range(3):
+        life.handle(SaveWanted(rank, 8, 64, 0, 8, 0.0), 5.2)
+        life.handle(Done(rank, 8, "drain"), 5.2)
+    for rank in range(3):
+        life.handle(Saved(rank, 8, 64, {}, 0.1), 5.3)
+    return life, life.handle(Committed(8), 5.4)
+
+
+def test_a_machine_is_left_after_the_step_is_saved() -> None:
+    life, actions = drained(minimum=2)
+    assert actions == [KillWorkers(), Release((1,)), StartAttempt(2, 2)]
+    assert life.restarts == 0
+
+
+def test_leaving_a_machine_below_the_minimum_waits() -> None:
+    life, actions = drained(minimum=3)
+    assert kinds(actions) == [KillWorkers, Release, Say]
+    assert life.state == "waiting"
+    assert life.handle(Placed(3), 9.0) == [StartAttempt(3, 2)]
+
+
+def test_a_stop_while_draining_stops() -> None:
+    life = running()
+    life.handle(Drained(0), 5.0)
+    assert Tell("stop") in life.handle(StopRequested(), 5.1)
+
+
+def test_attempts_that_make_no_step_are_restarted_ever_more_slowly() -> None:
+    life = running(restarts=100)
+    life.handle(step(1), 1.5)
+    now, pauses = 2.0, []
+    for _ in range(8):
+        life.handle(Exited(0, 1), now)
+        begin = now
+        while not life.handle(Placed(2), now):
+            now += 0.5
+        pauses.append(now - begin)
+        for rank in (0, 1):
+            life.handle(Ready(rank, 1, 1, {}), now)
+    assert pauses == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    life.handle(step(2), now)
+    life.handle(Exited(0, 1), now)
+    assert life.handle(Placed(2), now) == [StartAttempt(2, 10)]
 
 
 def test_a_log_of_events_replays_the_run() -> None:

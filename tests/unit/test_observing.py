@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -112,11 +112,9 @@ def test_small_files(tmp_path: Path) -> None:
     assert read_json(store, "state.json") == {"a": 1}
 
 
-def test_the_op_lies_beside_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    cpu_op.use_own_cache()
-    assert os.environ["TORCH_EXTENSIONS_DIR"].startswith(sys.prefix)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
-    cpu_op.use_own_cache()
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+def test_the_op_lies_beside_its_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cpu_op.place().is_relative_to(sys.prefix)
+    assert version("torch") in cpu_op.place().name
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert cpu_op.place().parent == tmp_path / "dltrain-ops"
     assert not cpu_op.is_built()

@@ -1,0 +1,100 @@
+"""The keeper: makes checkpoints exist, in a thread of its own, so that a slow store holds nobody up.
+
+keeper = Keeper(store, keep=3, say=view.say)
+keeper.saved(event); keeper.commit(step, attempt, meta); keeper.take()     # Committed events
+keeper.newest                                                            # the last good checkpoint
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dltrain.checkpoint.commit import FORMAT, Checkpoint, commit, discard, newest_good, prune
+from dltrain.errors import StoreError
+from dltrain.observing.reports import Saved
+from dltrain.running.events import Committed
+from dltrain.store import Store
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """A run's checkpoints, as its driver sees them.
+
+    Args:
+        store: the run's checkpoints.
+        keep: how many of the newest stay.
+        say: told of a checkpoint that can't be read.
+
+    Attributes:
+        newest: the newest good one, None before the first.
+    """
+
+    def __init__(self, store: Store, keep: int, say: Callable[[str], None]) -> None:
+        self._store, self._keep, self._say = store, keep, say
+        self._saved: dict[int, dict[int, Saved]] = {}
+        self._results: queue.SimpleQueue[tuple[Committed, int]] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dltrain-commit")
+        self.newest: Checkpoint | None = None
+
+    def find(self) -> Checkpoint | None:
+        """Looks for the newest checkpoint that reads back whole."""
+        self.newest = newest_good(self._store, self._say)
+        return self.newest
+
+    def saved(self, event: Saved) -> None:
+        """A rank's file is in the store."""
+        self._saved.setdefault(event.step, {})[event.rank] = event
+
+    def commit(self, step: int, attempt: int, meta: Mapping[str, Any]) -> None:
+        """All ranks' files are there: writes the manifest, and deletes what is not kept."""
+        files = self._saved.pop(step)
+        first = files[0]
+        whole = {"position": first.position, "num_ranks": len(files), **meta, **first.meta}
+        described = [files[rank].file for rank in sorted(files)]
+        self._thread.submit(self._commit, step, attempt, described, whole)
+
+    def discard(self, step: int, attempt: int, reason: str) -> None:
+        """A file is missing: removes those that are there."""
+        self._saved.pop(step, None)
+        self._thread.submit(self._discard, step, attempt, reason)
+
+    def forget(self) -> None:
+        """The attempt is over: what it has not completed is not waited for."""
+        self._saved.clear()
+
+    def take(self) -> list[tuple[Committed, int]]:
+        """What became of them since the last call, with the checkpoint's size in bytes."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._results.get_nowait())
+        return found
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        self._thread.shutdown(wait=True)
+
+    # ---- in the thread ----
+
+    def _commit(self, step: int, attempt: int, files: list[Mapping[str, Any]], meta: dict[str, Any]) -> None:
+        try:
+            path = commit(self._store, step, attempt, files, meta)
+        except (OSError, StoreError) as error:
+            self._discard(step, attempt, str(error))
+            return
+        manifest = {"format": FORMAT, "step": step, "attempt": attempt, **meta, "files": files}
+        self.newest = Checkpoint(path, manifest)
+        self._results.put((Committed(step), self.newest.num_bytes))
+        best = meta.get("best")
+        with contextlib.suppress(OSError, StoreError):
+            prune(self._store, self._keep, best["step"] if best else None)
+
+    def _discard(self, step: int, attempt: int, reason: str) -> None:
+        with contextlib.suppress(OSError, StoreError):
+            discard(self._store, step, attempt)
+        self._results.put((Committed(step, reason), 0))

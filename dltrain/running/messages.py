@@ -1,0 +1,93 @@
+"""What a worker and its agent say to each other besides reports; plain values, picklable, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Bytes", "Command", "Hello", "Holding", "Slots", "Unpin", "Want"]
+
+
+# ---- to the worker ----
+
+
+@dataclass(frozen=True)
+class Command:
+    """End at a step that all ranks agree on: `stop` and `drain` with a checkpoint, `pause` with a snapshot."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Unpin:
+    """A slot's snapshot has been uploaded: it may be written again."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What the worker wanted; None when nobody has it any more."""
+
+    data: bytes | None
+
+
+# ---- to the agent ----
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The worker is up; its black box is this file descriptor of it."""
+
+    rank: int
+    box_fd: int
+
+
+@dataclass(frozen=True)
+class Want:
+    """Bytes [start, end) of a rank's snapshot that lies on another machine."""
+
+    name: str
+    start: int
+    end: int
+
+
+# ---- between agents, by way of the driver ----
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A snapshot that an agent holds.
+
+    Attributes:
+        pid, fd: where processes of the same node can open it.
+        num_bytes, parts, whole, ties: its layout.
+    """
+
+    attempt: int
+    rank: int
+    step: int
+    position: int
+    applied: int
+    pid: int
+    fd: int
+    num_bytes: int
+    parts: list[list[Any]]
+    whole: list[str]
+    ties: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A rank's slots and black box as an agent holds them open, for its buddy to open as well."""
+
+    attempt: int
+    rank: int
+    pid: int
+    fds: list[int]
+    box_fd: int
+    num_bytes: int
+    parts: list[list[Any]]
+    whole: list[str]
+    ties: Mapping[str, str]
