@@ -310,6 +310,9 @@ class Driver:
             time.sleep(_TURN_SECONDS)
             return
         for event in group.poll():
+            if group is not self._group:
+                # The attempt ended with the event before.
+                break
             if isinstance(event, events.AgentLost):
                 self._slots.lose(group.slots[event.rank])
             self._take(event)

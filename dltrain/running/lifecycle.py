@@ -212,6 +212,8 @@ class Lifecycle:
             self._steps_made += 1
 
     def _saved(self, event: Saved | SaveFailed) -> list[Action]:
+        if self.state in ("recovering", "placing", "waiting"):
+            return []
         saves = self._saves.setdefault(event.step, {})
         saves[event.rank] = event
         if len(saves) < self.num_ranks:
