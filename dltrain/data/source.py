@@ -72,6 +72,8 @@ class RowStream:
         self._pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dltrain-footer")
         whole = self._footer(catalog.files[0]).schema.to_arrow_schema()
         self.columns = [name for name in whole.names if columns is None or name in columns]
+        if not self.columns:
+            raise DataError(f"{catalog.url}: none of the columns {', '.join(columns or ())} is in the files themselves")
         self.schema = pa.schema([whole.field(name) for name in self.columns], whole.metadata)
         self.num_bytes = catalog.num_bytes
 

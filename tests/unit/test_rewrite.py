@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dltrain.data import open_stream
 from dltrain.data.catalog import UNFINISHED, read_catalog
 from dltrain.data.columns import tensors
 from dltrain.data.rewrite import regroup, rewrite
@@ -209,6 +211,15 @@ def test_lists_of_one_length_get_a_fixed_size(tmp_path: Path, lists: Any) -> Non
     found = tensors(batch)
     assert found["tokens"].tolist() == table["tokens"].to_pylist()[5:]
     assert found["big"].tolist() == table["big"].to_pylist()[5:]
+
+
+def test_a_stream_has_packed_lists_as_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "raw" / "a.parquet", lists_table(), 100)
+    rewrite(str(tmp_path / "raw"), str(tmp_path / "new"), columns=["tokens"], row_group_mb=0.02, lists="packed")
+    with open_stream(str(tmp_path / "new"), global_batch=64) as stream:
+        tokens = torch.cat([batch["tokens"] for batch in stream])
+    assert (tokens.dtype, tokens.shape) == (torch.int32, (600, 16))
+    assert sorted(tokens.flatten().tolist()) == list(range(600 * 16))
 
 
 # ---- all or nothing ----
