@@ -18,6 +18,10 @@ import torch
 from PIL import Image
 
 from dltrain.data import decode, open_stream
+from dltrain.data.batch import Batch
+from dltrain.data.mixture import Mixture
+from dltrain.data.order import Order
+from dltrain.data.stream import TrainStream
 from dltrain.errors import BadRowsError, DataError, MissingExtraError, UserError
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -240,3 +244,42 @@ def test_a_collate_of_your_own_gets_the_other_columns(media: str) -> None:
         pytest.raises(DataError, match="no column 'image' is read"),
     ):
         next(stream)
+
+
+class Table:
+    """A source of units that are in memory."""
+
+    def __init__(self, table: pa.Table, rows: int) -> None:
+        self._table, self._rows = table, rows
+
+    def start(self, unit: int, needed: float) -> None:
+        pass
+
+    def read(self, unit: int) -> pa.Table:
+        return self._table.slice(unit * self._rows, self._rows)
+
+
+def test_damaged_pictures_are_replaced_and_each_is_listed_with_its_reason() -> None:
+    pictures: list[Any] = [encoded(np.full((4, 4, 3), i, np.uint8)) for i in range(40)]
+    pictures[3], pictures[17], pictures[18] = None, b"no picture", pictures[18][:-30]
+    source = TrainStream(
+        Mixture([Order([8] * 5, 2, 2, 1)], [1]),
+        [Table(pa.table({"image": pictures}), 8)],
+        lambda rows, _: Batch(rows.num_rows, image=decode.images(rows["image"])),
+        position=0,
+        end=40,
+        global_batch=20,
+        rank=0,
+        num_ranks=1,
+        micro_batch=10,
+        replace=True,
+    )
+    steps = list(source)
+    source.close()
+    reasons = {replaced.id: replaced.reason for step in steps for replaced in step.replaced}
+    assert sorted(reasons) == [3, 17, 18]
+    assert reasons[3] == "the image is missing"
+    assert "begin with b'no pictu'" in reasons[17]
+    shown = sorted(int(i) for step in steps for micro in step.micros for i in micro["image"][:, 0, 0, 0])
+    assert len(shown) == 40
+    assert set(range(40)) - set(shown) == {3, 17, 18}
