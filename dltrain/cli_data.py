@@ -22,7 +22,6 @@ _LARGEST_COLUMNS = 40
 data_app = typer.Typer(
     help="Look into a Parquet dataset, and write it anew in a better shape.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
 )
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
@@ -38,7 +37,7 @@ def inspect(
 
     Only footers and a few rows are read. For example:
 
-        dltrain data inspect s3://bucket/digits/train --global-batch 512 --workers 16
+        dltrain data inspect s3://bucket/digits --workers 16
     """
     from dltrain.data.inspect import inspect_data
     from dltrain.data.progress import ProgressBar
@@ -70,15 +69,19 @@ def rewrite(
 ) -> None:
     """Write a dataset anew with row groups of a good size; rows, order and schema stay as they are.
 
-    It streams: memory holds a few of the new row groups, however large the old ones are. For example:
+    It streams: memory holds a few of the new row groups, however large the
+    old ones are. For example:
 
-        dltrain data rewrite s3://bucket/raw s3://bucket/raw-32 --row-group-mb 32
+        dltrain data rewrite s3://bucket/raw s3://bucket/raw-32
 
-    DST appears wholly or not at all. On a disk it is a hidden directory until it is renamed. In object storage no
-    file is listed until all have arrived; then they are completed one after the other, and until the last is, DST
-    holds a mark (_dltrain-unfinished) for which dltrain refuses to read the directory. Other programs may see the
-    first files in those seconds. An interrupted rewrite leaves nothing to see; the same command again clears up what
-    it left and starts over.
+    DST appears wholly or not at all. On a disk it is a hidden directory until
+    it is renamed. In object storage no file is listed until all have arrived;
+    then they are completed one after the other, and until the last is, DST
+    holds a mark (_dltrain-unfinished) for which dltrain refuses to read the
+    directory. Other programs may see the first files in those seconds.
+
+    An interrupted rewrite leaves nothing to see; the same command again
+    clears up what it left, and starts over.
     """
     from dltrain.data.progress import ProgressBar
     from dltrain.data.rewrite import rewrite as rewrite_data
