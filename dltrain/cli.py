@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dltrain.cli_data import data_app
 from dltrain.errors import DltrainError, TaskError
 
 __all__ = ["main"]
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 checkpoint_app = typer.Typer(help="List, verify and export a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
 
 Spec = Annotated[str, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
 Overrides = Annotated[

@@ -57,15 +57,23 @@ class BadRowsError(DataError):
 
     Args:
         rows: their indices in the batch that `collate` was given.
-        reason: what is wrong with them.
+        reason: what is wrong with them; a list has a sentence for each.
     """
 
-    def __init__(self, rows: Sequence[int], reason: str) -> None:
-        self.rows, self.reason = tuple(rows), reason
-        super().__init__(f"{len(self.rows)} row(s) of a batch can't be used: {reason}")
+    def __init__(self, rows: Sequence[int], reason: str | Sequence[str]) -> None:
+        self.rows, self._given = tuple(rows), reason
+        self.reasons = (reason,) * len(self.rows) if isinstance(reason, str) else tuple(reason)
+        super().__init__(f"{len(self.rows)} row(s) of a batch can't be used: {self.told(self.rows)}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.rows, self.reason)
+        return type(self), (self.rows, self._given)
+
+    def told(self, names: Sequence[int]) -> str:
+        """The rows, by other names, with what is wrong with them: one clause for each reason."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in zip(names, self.reasons, strict=True):
+            by_reason.setdefault(reason, []).append(str(name))
+        return "; ".join(f"row {', '.join(rows)}: {reason}" for reason, rows in by_reason.items())
 
 
 class StoreError(UserError):

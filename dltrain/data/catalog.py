@@ -26,7 +26,10 @@ import pyarrow.parquet as pq
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
-__all__ = ["Catalog", "DataFile", "check_columns", "read_catalog", "read_footer"]
+__all__ = ["UNFINISHED", "Catalog", "DataFile", "check_columns", "list_files", "read_catalog", "read_footer"]
+
+# A directory that has this file is still being written.
+UNFINISHED = "_dltrain-unfinished"
 
 _TAIL_BYTES = 64 * 1024
 _FOOTER_THREADS = 16
@@ -123,7 +126,7 @@ def read_catalog(url: str, columns: Sequence[str] | None = None, field: str = "d
     """
     with explain(url):
         fs, path = filesystem(url)
-        files = _list_files(fs, path, url, field)
+        files = list_files(fs, path, url, field)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             footers = list(pool.map(lambda f: read_footer(fs, f), files))
     schema = _one_schema(files, [footer.schema.to_arrow_schema() for footer in footers], columns, url, field)
@@ -157,7 +160,12 @@ def check_columns(catalog: Catalog, columns: Iterable[str], who: str) -> None:
         )
 
 
-def _list_files(fs: Any, path: str, url: str, field: str) -> list[DataFile]:
+def list_files(fs: Any, path: str, url: str, field: str) -> list[DataFile]:
+    """The Parquet files of a directory, glob or file, sorted.
+
+    Raises:
+        DataError: there are none, or they are still being written.
+    """
     found, others = _find(fs, path)
     if not found:
         seen = f"{others} other file(s) there" if others else "nothing there"
@@ -176,6 +184,11 @@ def _find(fs: Any, path: str) -> tuple[dict[str, Any], int]:
     if info["type"] == "file":
         return {path: info}, 0
     everything = fs.find(path, detail=True)
+    if any(name.endswith(f"/{UNFINISHED}") for name in everything):
+        raise DataError(
+            f"{path} is not complete: `dltrain data rewrite` is writing it, or was interrupted; let it finish, or "
+            "run it again"
+        )
     found = {k: v for k, v in everything.items() if k.endswith(_SUFFIXES) and not _hidden(k[len(path) :])}
     return found, len(everything) - len(found)
 

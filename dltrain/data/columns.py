@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from dltrain.data.lists import DTYPE
 from dltrain.errors import DataError
 
 __all__ = ["OFFSETS", "tensors"]
@@ -41,6 +42,10 @@ def tensors(rows: pa.RecordBatch) -> dict[str, Any]:
             found[name] = column.to_pylist()
         else:
             found[name] = _copied(name, column)
+            # Lists of numbers that were packed.
+            packed = (rows.schema.field(name).metadata or {}).get(DTYPE)
+            if packed:
+                found[name] = found[name].view(getattr(torch, packed.decode()))
     return found
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from dltrain.data.batch import Batch, Keys
 from dltrain.data.catalog import Catalog, check_columns, read_catalog
 from dltrain.data.columns import tensors
+from dltrain.data.decode import Decoder, decoding
 from dltrain.data.identity import plan_id
 from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order, choose_lanes, num_steps
@@ -43,6 +44,7 @@ def open_stream(
     epochs: int | None = 1,
     end: Literal["wrap", "drop"] = "wrap",
     collate: Callable[[pa.RecordBatch, Keys], Mapping[str, Any]] | None = None,
+    decode: Mapping[str, Decoder] | None = None,
 ) -> BatchStream:
     """Opens a dataset for one rank of a training loop.
 
@@ -53,6 +55,7 @@ def open_stream(
         epochs: passes over the data; None means without end.
         end: the last batch holds what is left (`wrap`), or is left out (`drop`).
         collate: makes the batch from Arrow rows; default: a tensor per column (`dltrain.data.columns.tensors`).
+        decode: column -> what decodes it, for example `dltrain.data.decode.images`; `collate` gets the others.
 
     Raises:
         DataError: nothing to read there; StoreError: the storage can't be reached.
@@ -65,6 +68,7 @@ def open_stream(
     names = tuple(columns or catalog.schema.names)
     check_columns(catalog, names, "columns")
     make = collate or (lambda rows, _: tensors(rows))
+    make = decoding(make, decode) if decode else make
     return BatchStream(catalog, names, make, global_batch, seed, rank, num_ranks, epochs, end)
 
 

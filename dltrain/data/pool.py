@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
+from dltrain.data.decode import THREADS
 from dltrain.errors import RunFailedError
 
 __all__ = ["CollatePool"]
@@ -74,7 +75,7 @@ class _Process:
             [sys.executable, "-m", "dltrain.data.pool", str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", THREADS: "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         theirs.close()
         self._connection.send_bytes(setup)

@@ -9,9 +9,10 @@ Bytes of object storage come through the fetcher; pyarrow decodes what is there.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +25,7 @@ from dltrain.data.fetch import IN_FLIGHT, Fetched, Fetcher, SparseFile
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
-__all__ = ["UnitReader"]
+__all__ = ["UnitReader", "column_ranges", "decode_errors"]
 
 # Small, since memory that is used again costs less than fresh one; a dataset of this size is decoded once.
 _KEEP_BYTES = 64 * 1024 * 1024
@@ -69,7 +70,7 @@ class UnitReader:
     def _begin(self, future: Future[Fetched], file: DataFile, group: int, needed: float) -> None:
         assert self._fetcher is not None
         try:
-            ranges = _ranges(self._footer(file, group), group, self._columns)
+            ranges = column_ranges(self._footer(file, group), group, self._columns)
             inner = self._fetcher.fetch(file, ranges, needed)
         except BaseException as error:
             future.set_exception(error)
@@ -114,15 +115,10 @@ class UnitReader:
         with explain(self._catalog.url):
             source = self._source(unit, file, group)
             footer = self._footer(file, group)
-            try:
+            with decode_errors(file, group):
                 table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
                     group, columns=self._columns, use_threads=False
                 )
-            except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                # An OSError without a number is pyarrow's own, about the bytes; the others are the store's.
-                if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
-                    raise
-                raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
         self.bytes_read += int(self._catalog.units["bytes"][unit].as_py())
         return table
 
@@ -167,6 +163,18 @@ class UnitReader:
                 held -= size
 
 
+@contextlib.contextmanager
+def decode_errors(file: DataFile, group: int) -> Iterator[None]:
+    """Turns what pyarrow says about the bytes of a row group into a DataError."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        # An OSError without a number is pyarrow's own, about the bytes; the others are the store's.
+        if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+            raise
+        raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
+
+
 def _pass_on(done: Future[Fetched], to: Future[Fetched]) -> None:
     error = RuntimeError("the reader was closed") if done.cancelled() else done.exception()
     if error:
@@ -175,7 +183,7 @@ def _pass_on(done: Future[Fetched], to: Future[Fetched]) -> None:
         to.set_result(done.result())
 
 
-def _ranges(footer: pq.FileMetaData, group: int, columns: list[str] | None) -> list[tuple[int, int]]:
+def column_ranges(footer: pq.FileMetaData, group: int, columns: list[str] | None) -> list[tuple[int, int]]:
     """Where the bytes of a row group's columns lie."""
     meta = footer.row_group(group)
     chunks = (meta.column(i) for i in range(meta.num_columns))

@@ -242,11 +242,11 @@ class TrainStream:
             except BadRowsError as error:
                 turns.update(error.rows)
                 if not self._replace or max(turns.values()) > _TURNS:
-                    which = ", ".join(str(int(keys.ids[r])) for r in error.rows)
-                    raise DataError(f"row {which} can't be used: {error.reason}; {HINT}") from None
+                    told = error.told([int(keys.ids[r]) for r in error.rows])
+                    raise DataError(f"{len(error.rows)} row(s) can't be used: {told}; {HINT}") from None
                 rows = self._without(rows, mine, some, error.rows, turns)
-                new = [r for r in error.rows if turns[r] == 1]
-                replaced.extend(self._listed(mine, some[r], error.reason) for r in new)
+                listed = zip(error.rows, error.reasons, strict=True)
+                replaced.extend(self._listed(mine, some[r], reason) for r, reason in listed if turns[r] == 1)
 
     def _without(
         self, rows: pa.RecordBatch, mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]

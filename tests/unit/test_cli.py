@@ -221,7 +221,7 @@ def test_json_errors_are_json(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert (code, json.loads(out)["exit_code"]) == (2, 2)
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "status", "list", "stop", "checkpoint"])
+@pytest.mark.parametrize("verb", ["run", "plan", "status", "list", "stop", "checkpoint", "data"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0
