@@ -128,6 +128,29 @@ def stop(
 
 
 @app.command()
+def drain(
+    wait: Annotated[float, typer.Option(help="Seconds to wait until the work has moved away; 0: only ask.")] = 300.0,
+    json: Json = False,
+) -> None:
+    """Move the work of this machine away: its workers finish their step, save, and go on elsewhere.
+
+    For the preStop hook of a Kubernetes pod, or whatever hears that a spot machine will be taken. Exit 1 when the work
+    was still here in the end.
+    """
+    from dltrain.running.control import drain_host
+
+    done = drain_host(wait)
+    if json:
+        _print_json(done)
+    elif not done["agents"]:
+        typer.echo("no workers on this machine")
+    else:
+        typer.echo(f"{done['left']} of {done['agents']} workers have left this machine")
+    if wait and done["still_here"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def audit(run: Run, json: Json = False) -> None:
     """Prove that the checkpointed steps were trained on every row exactly once an epoch; exit 1 when they were not."""
     from dltrain.running.control import audit_run

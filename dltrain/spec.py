@@ -207,8 +207,9 @@ class MetricsSpec(_Model):
 
 
 class FaultsSpec(_Model):
-    nonfinite: Literal["skip", "stop"] = "skip"
-    """A step whose loss or gradients are not finite: `skip` the update and go on, or `stop` the run."""
+    nonfinite: Literal["skip", "stop", "rollback"] = "skip"
+    """A step whose loss or gradients are not finite: `skip` the update, `stop` the run, or `rollback`: put back the
+    weights of the last checkpoint and go on with the data that follows."""
     restarts_per_hour: int = Field(default=10, ge=0)
     """More restarts than this within an hour end the run."""
     lease_seconds: float = Field(default=2.5, gt=0)

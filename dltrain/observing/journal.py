@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -28,11 +29,12 @@ def is_local(store: Store) -> bool:
 
 
 class Journal:
-    """Appends JSON lines."""
+    """Appends JSON lines; lines may be added while another thread flushes."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name = store, name
         self._lines: list[str] = []
+        self._lock = threading.Lock()
         self._file: IO[str] | None = None
         if is_local(store):
             path = Path(store.path(f"{name}.jsonl"))
@@ -43,7 +45,8 @@ class Journal:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it is durable after the next flush."""
-        self._lines.append(json.dumps(line))
+        with self._lock:
+            self._lines.append(json.dumps(line))
 
     def flush(self) -> None:
         """Writes what was added.
@@ -51,16 +54,24 @@ class Journal:
         Raises:
             OSError, StoreError: it could not be written; the lines are kept for the next time.
         """
-        if not self._lines:
+        with self._lock:
+            lines, self._lines = self._lines, []
+        if not lines:
             return
-        text = "\n".join(self._lines) + "\n"
+        try:
+            self._write("\n".join(lines) + "\n")
+        except BaseException:
+            with self._lock:
+                self._lines = lines + self._lines
+            raise
+
+    def _write(self, text: str) -> None:
         if self._file:
             self._file.write(text)
             self._file.flush()
         else:
             self._store.write(f"{self._name}/{self._part + 1:08d}.jsonl", text.encode())
             self._part += 1
-        self._lines.clear()
 
     def close(self) -> None:
         """Flushes to disk and closes."""

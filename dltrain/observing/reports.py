@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "PHASES",
+    "Anchor",
     "Done",
     "EvalReport",
     "Note",
@@ -106,6 +107,15 @@ class SlotsMade:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A snapshot of a step that all ranks have one of, kept until the agent has copied it to another machine."""
+
+    rank: int
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class SaveWanted:
     """A checkpoint's snapshot is in a slot, which is kept until the agent has written it to the store.
 
@@ -176,4 +186,4 @@ class Done:
     why: str = ""
 
 
-Report = Ready | Note | StepReport | EvalReport | SlotsMade | SaveWanted | Saved | SaveFailed | Raised | Done
+Report = Ready | Note | StepReport | EvalReport | SlotsMade | Anchor | SaveWanted | Saved | SaveFailed | Raised | Done

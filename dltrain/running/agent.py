@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from dltrain.checkpoint.commit import write_rank
 from dltrain.errors import DltrainError
-from dltrain.observing.reports import Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
+from dltrain.observing.reports import Anchor, Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
 from dltrain.running import diagnose
 from dltrain.running.events import Event, Exited
 from dltrain.running.holdings import Holdings
@@ -42,6 +42,7 @@ _DRAIN_SECONDS = 0.1
 _LEASE_CHECK_SECONDS = 0.1
 # An agent whose driver is gone for good ends itself.
 _ORPHAN_SECONDS = 120.0
+_COPY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Agent:
         self._others: Mapping[str, Any] = {}
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="dltrain-upload")
         self._uploading = 0
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="dltrain-copy")
+        self._buddy: Any = None
+        self._anchoring = False
         self._worker: _Worker | None = None
         # Born as soon as the imports are done, while the driver still plans.
         self._births = ThreadPoolExecutor(1, thread_name_prefix="dltrain-birth")
@@ -141,7 +145,7 @@ class Agent:
         self._standby = None
         if not worker.child.alive():
             worker = self._spawn()
-        self._others = others or {}
+        self._others, self._buddy = others or {}, None
         self._worker, self._attempt, self._job = worker, job.attempt, job
         self._heard = time.monotonic()
         worker.rank = job.rank
@@ -228,9 +232,9 @@ class Agent:
         """Bytes of a snapshot held here, for a worker on another node."""
         return self._holdings.read(attempt, rank, step, start, end)
 
-    def copy(self, attempt: int, rank: int, step: int) -> tuple[Holding, bytes] | None:
-        """A whole snapshot with its description, for a buddy on another node."""
-        return self._holdings.copy(attempt, rank, step)
+    def copy_to(self, buddy: Any) -> None:
+        """From now on snapshots are copied to this agent, on another node."""
+        self._buddy = buddy
 
     def keep(self, holding: Holding, data: bytes, reports: list[bytes]) -> bool:
         """Keeps a copy of a snapshot that lies on another node."""
@@ -260,6 +264,8 @@ class Agent:
             case SaveWanted():
                 self._push_event(report)
                 self._save(worker, report)
+            case Anchor():
+                self._anchor(worker, report)
             case Want():
                 threading.Thread(target=self._fetch, args=(worker, report), daemon=True).start()
             case _:
@@ -284,6 +290,28 @@ class Agent:
         with contextlib.suppress(ray.exceptions.RayError):
             data = ray.get(agent.read.remote(attempt, rank, step, want.start, want.end))
         worker.send(Bytes(data))
+
+    def _anchor(self, worker: _Worker, anchor: Anchor) -> None:
+        if self._buddy is None or self._anchoring:
+            worker.send(Unpin(anchor.slot))
+            return
+        self._anchoring = True
+        self._copies.submit(self._copy_out, worker, anchor, self._attempt, self._buddy)
+
+    def _copy_out(self, worker: _Worker, anchor: Anchor, attempt: int, buddy: Any) -> None:
+        """The snapshot to the buddy's memory and to our own: after a loss all ranks need one of the same step."""
+        import ray
+
+        try:
+            found = self._holdings.copy(attempt, anchor.rank, anchor.step)
+            worker.send(Unpin(anchor.slot))
+            if found:
+                reports = self._holdings.records(anchor.rank)
+                self._holdings.keep(*found, reports)
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(buddy.keep.remote(*found, reports), timeout=_COPY_SECONDS)
+        finally:
+            self._anchoring = False
 
     # ---- checkpoints ----
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dltrain.checkpoint.commit import Checkpoint, find, list_checkpoints, verify
 from dltrain.data.audit import audit
 from dltrain.errors import UserError
+from dltrain.running.diagnose import doorbells, ring
 from dltrain.running.rundir import find_run
 from dltrain.running.trail import Trail
 
-__all__ = ["audit_run", "checkpoint_table", "export_checkpoint", "stop_run", "verify_checkpoints"]
+__all__ = ["audit_run", "checkpoint_table", "drain_host", "export_checkpoint", "stop_run", "verify_checkpoints"]
 
 _OVER = ("finished", "stopped", "failed", "lost")
 _POLL_SECONDS = 0.2
@@ -64,6 +66,17 @@ def verify_checkpoints(name: str) -> list[dict[str, Any]]:
     """Every checkpoint with what is wrong with it."""
     store = find_run(name).checkpoints
     return [{"step": c.step, "path": c.path, "problems": verify(store, c)} for c in list_checkpoints(store)]
+
+
+def drain_host(wait_seconds: float) -> dict[str, Any]:
+    """Asks the agents of this host to move their work away, and waits until they have.
+
+    Returns how many there were and how many are still here.
+    """
+    bells = doorbells()
+    with ThreadPoolExecutor(max(1, len(bells))) as pool:
+        left = list(pool.map(lambda bell: ring(bell, wait_seconds), bells))
+    return {"agents": len(bells), "left": sum(left), "still_here": len(bells) - sum(left)}
 
 
 def audit_run(name: str) -> dict[str, Any]:

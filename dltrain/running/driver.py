@@ -23,7 +23,7 @@ from dltrain.running.agent import LogLine
 from dltrain.running.cluster import Slots, connect
 from dltrain.running.group import Group
 from dltrain.running.heartbeat import Heartbeat
-from dltrain.running.keeper import Keeper
+from dltrain.running.keeper import REPLACED, Claims, Keeper
 from dltrain.running.lifecycle import Lifecycle
 from dltrain.running.record import Record
 from dltrain.running.recovery import Point, newest_point
@@ -72,7 +72,9 @@ class Driver:
         self._ended: events.End | None = None
         self._signal: int | None = None
         self._group: Group | None = None
-        self._keeper = Keeper(self._run.checkpoints, spec.checkpoint.keep, lambda text: view.say(text, "warn"))
+        keep, is_replaced = spec.checkpoint.keep, self._run.is_replaced
+        self._keeper = Keeper(self._run.checkpoints, keep, is_replaced, lambda text: view.say(text, "warn"))
+        self._claims = Claims(self._run.claim_attempt)
         self._point: Point | None = None
         self._ranks_of: dict[int, int] = {}
         self._place_since = self._grow_since = self._stop_checked = 0.0
@@ -231,25 +233,21 @@ class Driver:
         final = waited > (0.0 if hurry else _PLACE_GRACE_SECONDS)
         if slots != known or final:
             before = self._life.state
-            self._handle_placed(events.Placed(slots, final), changed=slots != known)
+            event = events.Placed(slots, final)
+            # What is no news is not logged.
+            self._handle(event) if slots != known else self._do(self._life.handle(event, self._clock()))
             if self._life.state == "waiting" and before != "waiting":
                 self._record.ledger.enter("waiting_for_capacity", self._clock())
         patience = 0.0 if self._cluster.private else self._spec.workers.wait_seconds
         if self._life.state == "waiting" and waited > patience:
             self._do(self._life.wait_over(str(self._cluster)))
 
-    def _handle_placed(self, event: events.Placed, changed: bool) -> None:
-        if changed:
-            self._handle(event)
-        else:  # nothing new to log
-            self._do(self._life.handle(event, self._clock()))
-
     def _start(self, num_ranks: int) -> None:
         """A fresh group, under an attempt number nobody else has."""
         import ray
 
         self._record.ledger.enter("starting", self._clock())
-        self._group = Group(self._slots.slots[:num_ranks], self._run.claim_attempt())
+        self._group = Group(self._slots.slots[:num_ranks], self._claims.next())
         self._ranks_of[self._group.attempt] = num_ranks
         saved = self._resume
         from_memory = bool(saved and saved["path"] == "memory")
@@ -294,6 +292,7 @@ class Driver:
             resume=resume,
             memory=memory,
             evaluated=record.evaluated_step == self._step,
+            anchors=len(set(self._group.nodes)) > 1,
             unfinished=memory is not None and self._life.committed_step < self._step,
             best=float(best["value"]) if best else None,
             cwd=self._cwd,
@@ -384,6 +383,9 @@ class Driver:
         }
 
     def _on_committed(self, event: events.Committed, num_bytes: int) -> None:
+        if event.reason == REPLACED:
+            self._handle(Raised(0, event.step, "final", f"{REPLACED}; this one has saved nothing since", ""))
+            return
         if event.reason:
             self._record.save_failed(event.step, event.reason)
         else:

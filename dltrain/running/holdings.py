@@ -108,12 +108,16 @@ class Holdings:
 
     def reports(self, rank: int) -> list[StepReport]:
         """The newest reports of a rank, from its black box."""
+        return [pickle.loads(record) for record in self.records(rank)]
+
+    def records(self, rank: int) -> list[bytes]:
+        """The same, as they are sent."""
         with self._lock:
             raw = [r for c in self._copies if c.holding.rank == rank for r in c.reports]
             for e in self._entries:
                 if e.slots.rank == rank and e.box_fd >= 0:
                     raw += blackbox.reports(e.box_fd)
-        return [pickle.loads(record) for record in raw]
+        return raw
 
     def read(self, attempt: int, rank: int, step: int, start: int, end: int) -> bytes | None:
         """Bytes of a snapshot; None when it is not here any more."""

@@ -1,6 +1,6 @@
 """The keeper: makes checkpoints exist, in a thread of its own, so that a slow store holds nobody up.
 
-keeper = Keeper(store, keep=3, say=view.say)
+keeper = Keeper(store, keep=3, is_replaced=run.is_replaced, say=view.say)
 keeper.saved(event); keeper.commit(step, attempt, meta); keeper.take()     # Committed events
 keeper.newest                                                            # the last good checkpoint
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from dltrain.checkpoint.commit import FORMAT, Checkpoint, commit, discard, newest_good, prune
@@ -19,7 +19,29 @@ from dltrain.observing.reports import Saved
 from dltrain.running.events import Committed
 from dltrain.store import Store
 
-__all__ = ["Keeper"]
+__all__ = ["REPLACED", "Claims", "Keeper"]
+
+REPLACED = "another start of this run has taken it over"
+
+
+class Claims:
+    """Attempt numbers, the next one claimed ahead, so that recovery need not wait for the store."""
+
+    def __init__(self, claim: Callable[[], int]) -> None:
+        self._claim = claim
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dltrain-claim")
+        self._ahead: Future[int] | None = None
+
+    def next(self) -> int:
+        """A number that nobody else has.
+
+        Raises:
+            StoreError: the store can't be reached.
+        """
+        ahead, self._ahead = self._ahead or self._thread.submit(self._claim), None
+        number = ahead.result()
+        self._ahead = self._thread.submit(self._claim)
+        return number
 
 
 class Keeper:
@@ -28,14 +50,15 @@ class Keeper:
     Args:
         store: the run's checkpoints.
         keep: how many of the newest stay.
+        is_replaced: whether another process has taken the run over; then nothing is committed any more.
         say: told of a checkpoint that can't be read.
 
     Attributes:
         newest: the newest good one, None before the first.
     """
 
-    def __init__(self, store: Store, keep: int, say: Callable[[str], None]) -> None:
-        self._store, self._keep, self._say = store, keep, say
+    def __init__(self, store: Store, keep: int, is_replaced: Callable[[], bool], say: Callable[[str], None]) -> None:
+        self._store, self._keep, self._is_replaced, self._say = store, keep, is_replaced, say
         self._saved: dict[int, dict[int, Saved]] = {}
         self._results: queue.SimpleQueue[tuple[Committed, int]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dltrain-commit")
@@ -83,6 +106,9 @@ class Keeper:
 
     def _commit(self, step: int, attempt: int, files: list[Mapping[str, Any]], meta: dict[str, Any]) -> None:
         try:
+            if self._is_replaced():
+                self._results.put((Committed(step, REPLACED), 0))
+                return
             path = commit(self._store, step, attempt, files, meta)
         except (OSError, StoreError) as error:
             self._discard(step, attempt, str(error))

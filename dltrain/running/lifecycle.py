@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from dltrain.errors import CapacityError, DltrainError, RunFailedError, TaskError, UserError
 from dltrain.observing.reports import (
+    Anchor,
     Done,
     EvalReport,
     Note,
@@ -148,7 +149,7 @@ class Lifecycle:
                 return self._stop()
             case Tick():
                 return self._tick(now)
-            case EvalReport() | Note() | SlotsMade():
+            case EvalReport() | Note() | SlotsMade() | Anchor():
                 pass
         return []
 

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from dltrain.data.identity import BatchSum
@@ -59,6 +60,9 @@ class Record:
         self.trail = Trail()
         self._highest = self._latest = int(before.get("highest_step", 0))
         self._logs: dict[int, Any] = {}
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="dltrain-record")
+        self._written: Future[None] = Future()
+        self._written.set_result(None)
         # this start
         self.samples, self.step_seconds, self.steps_made = 0, 0.0, 0
         self.first_step_seconds: float | None = None
@@ -211,7 +215,6 @@ class Record:
         """A checkpoint exists."""
         self._hub.on_commit(num_bytes)
         self.note("checkpoint", step=step, bytes=num_bytes)
-        self.flush()
 
     def restarted(self, reason: str) -> None:
         """The attempt ended and another follows."""
@@ -251,23 +254,30 @@ class Record:
         self._last_beat = now
         alive = {"heartbeat": time.time(), "driver": f"{socket.gethostname()}:{os.getpid()}"}
         metrics = {"metrics_url": self._hub.url, "metrics": self.metrics, "best": self.best}
-        self._quietly(lambda: write_json(self._run.store, "state.json", {**state, **metrics, **alive}))
-        self.flush()
+        whole = {**state, **metrics, **alive}
+        if force:
+            self._writing.shutdown(wait=True)
+            self._write(whole, self._ledger())
+        elif self._written.done():
+            # A slow store must not hold up who looks after the workers.
+            self._written = self._writing.submit(self._write, whole, self._ledger())
 
-    def flush(self) -> None:
-        """Writes journals and the ledger; a full disk or a lost store is said once and tried again later."""
-        for handle in self._logs.values():
+    def _write(self, state: Mapping[str, Any], ledger: Mapping[str, Any]) -> None:
+        """A full disk or a lost store is said once and tried again later."""
+        self._quietly(lambda: write_json(self._run.store, "state.json", state))
+        for handle in list(self._logs.values()):
             self._quietly(handle.flush)
-        self._quietly(self._steps.flush)
-        self._quietly(self._events.flush)
-        self._quietly(self._replaced.flush)
-        ledger = {
+        for journal in (self._steps, self._events, self._replaced):
+            self._quietly(journal.flush)
+        self._quietly(lambda: write_json(self._run.store, "ledger.json", ledger))
+
+    def _ledger(self) -> dict[str, Any]:
+        return {
             **self.ledger.to_dict(),
-            "counters": self.counters,
+            "counters": dict(self.counters),
             "restarts": self.total_restarts,
             "highest_step": self._highest,
         }
-        self._quietly(lambda: write_json(self._run.store, "ledger.json", ledger))
 
     def _quietly(self, write: Any) -> None:
         try:
@@ -309,7 +319,7 @@ class Record:
 
     def close(self) -> None:
         """Writes what is left."""
-        self.flush()
+        self._writing.shutdown(wait=True)
         for journal in (self._steps, self._events, self._replaced):
             with contextlib.suppress(OSError, StoreError):
                 journal.close()

@@ -60,6 +60,7 @@ class RunDir:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._claimed = 0
         self.checkpoints = store.child("checkpoints")
 
     @classmethod
@@ -153,7 +154,12 @@ class RunDir:
         number = 1 + max((int(name.split("-")[-1]) for name in self.store.list("attempts")), default=0)
         while not self.store.create(f"attempts/attempt-{number:04d}", b"claimed\n"):
             number += 1
+        self._claimed = number
         return number
+
+    def is_replaced(self) -> bool:
+        """Whether another process has claimed an attempt since this one last did: it has taken the run over."""
+        return any(int(name.split("-")[-1]) > self._claimed for name in self.store.list("attempts"))
 
     # ---- talking to a live run ----
 

@@ -88,11 +88,13 @@ class Watch:
         import ray
 
         assert self._group is not None
-        near, _ = buddies(self._group.nodes, rank)
+        near, far = buddies(self._group.nodes, rank)
         self._made.add(rank)
+        slots = self._group.slots
+        if far is not None:
+            slots[rank].agent.copy_to.remote(slots[far].agent)
         if near is None:
             return
-        slots = self._group.slots
         with contextlib.suppress(ray.exceptions.RayError):
             mine = ray.get(slots[rank].agent.my_slots.remote(), timeout=_BUDDY_SECONDS)
             if mine:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from dltrain.data.stream import StepBatch, TrainStream
 
-__all__ = ["WISHES", "Ahead", "Following", "num_ahead", "snapshot_steps"]
+__all__ = ["WISHES", "Ahead", "Following", "anchor_steps", "num_ahead", "snapshot_steps"]
 
 # Reasons to end before the last step; the first that any rank has is what all do.
 WISHES = ("stop", "drain", "pause")
@@ -35,6 +35,8 @@ _BYTES = 64 * 1024 * 1024
 _JUDGED, _SHARE = 5, 0.05
 # What snapshots in memory may cost of the time.
 _SNAPSHOT_SHARE, _SNAPSHOTS_JUDGED = 0.02, 5
+# Copies to other machines: this often, and at this rate at most.
+_ANCHOR_SECONDS, _ANCHOR_RATE = 1.0, 50e6
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,21 @@ def snapshot_steps(snapshot_seconds: float, step_seconds: float) -> int:
     return max(1, math.ceil(snapshot_seconds / (_SNAPSHOT_SHARE * step_seconds)))
 
 
+def anchor_steps(num_bytes: float, step_seconds: float) -> int:
+    """Steps between copies of a snapshot to another machine."""
+    seconds = max(_ANCHOR_SECONDS, num_bytes / _ANCHOR_RATE)
+    return max(1, math.ceil(seconds / step_seconds)) if step_seconds > 0 else 1
+
+
 class Ahead:
     """Takes batches from a stream a few at a time, and agrees on them with the other ranks.
 
     Every rank calls `take` for every step. What making a batch raises is raised by the `take` of its step.
 
     Attributes:
-        agreed: why `take` gave None; snapshot_every: steps between snapshots, the same on every rank.
+        agreed: why `take` gave None.
+        snapshot_every, anchor_every: steps between snapshots, and copies of them elsewhere; the same on every rank.
+        snapshot_bytes: of this rank's snapshots.
     """
 
     def __init__(self, stream: TrainStream, num_ranks: int, device: torch.device) -> None:
@@ -77,7 +87,8 @@ class Ahead:
         self._shares: deque[float] = deque(maxlen=_JUDGED)
         self._snapshots: deque[float] = deque(maxlen=_SNAPSHOTS_JUDGED)
         self.agreed = ""
-        self.snapshot_every = 1
+        self.snapshot_every = self.anchor_every = 1
+        self.snapshot_bytes = 0
 
     def take(self, steps_left: int, wish: str) -> Following | None:
         """The next step, or None when any rank has a wish.
@@ -115,13 +126,14 @@ class Ahead:
         # Whole microseconds and bytes add up exactly: all ranks draw the same conclusion.
         snapshot = statistics.median(self._snapshots) if self._snapshots else 0.0
         wishes = [float(wish == name) for name in WISHES]
-        numbers = [float(round(n)) for n in (mean_seconds * 1e6, weight, snapshot * 1e6)]
+        numbers = [float(round(n)) for n in (mean_seconds * 1e6, weight, snapshot * 1e6, self.snapshot_bytes)]
         sums = self._add_up([*wishes, *numbers, *counts])
-        found, totals = [value / self._num_ranks for value in sums[:6]], sums[6:]
+        found, totals = [value / self._num_ranks for value in sums[:7]], sums[7:]
         self.agreed = next((name for name, flag in zip(WISHES, found, strict=False) if flag), "")
         step_seconds, batch_bytes, snapshot = found[3] / 1e6, found[4], found[5] / 1e6
         self._size = num_ahead(step_seconds, batch_bytes)
         self.snapshot_every = snapshot_steps(snapshot, step_seconds)
+        self.anchor_every = anchor_steps(found[6], step_seconds)
         self._steps, self._seconds = 0, 0.0
         self._held.extend(zip(batches, totals, strict=False))
         return not self.agreed

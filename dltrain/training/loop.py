@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dltrain.checkpoint.commit import Checkpoint
+from dltrain.checkpoint.commit import Checkpoint, list_checkpoints
 from dltrain.checkpoint.fragments import average_buffers
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.slots import SlotStore
@@ -31,7 +32,17 @@ from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
 from dltrain.errors import RunFailedError, UserError
-from dltrain.observing.reports import Done, EvalReport, Ready, Report, SaveFailed, SaveWanted, SlotsMade, StepReport
+from dltrain.observing.reports import (
+    Anchor,
+    Done,
+    EvalReport,
+    Ready,
+    Report,
+    SaveFailed,
+    SaveWanted,
+    SlotsMade,
+    StepReport,
+)
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
@@ -42,6 +53,8 @@ __all__ = ["Loop", "reduce_sums"]
 
 _EVAL_ROWS = 256
 _SLOT_SECONDS = 0.01
+# Going back to the same checkpoint more often than this does not help.
+_ROLLBACKS = 3
 
 
 class Loop:
@@ -75,6 +88,7 @@ class Loop:
         self.current: StepBatch | None = None
         self._saved_step = job.step if job.resume and not job.memory else -1
         self._evaluated_step = job.step if job.evaluated else -1
+        self._rollbacks: Counter[int] = Counter()
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -215,7 +229,8 @@ class Loop:
         self._applied_steps += int(result.applied)
         self._mark = clock.now
         self._ahead.trained(clock.now - clock.begin)
-        self._check_finite(result)
+        if not result.finite:
+            self._not_finite()
         return self._report(batch, following.global_count, result, clock)
 
     def _micro_step(self, index: int, micro: Batch, last: bool, clock: _Phases) -> None:
@@ -251,12 +266,37 @@ class Loop:
             attempt=self._job.attempt,
         )
 
-    def _check_finite(self, result: StepResult) -> None:
-        if not result.finite and self._spec.faults.nonfinite == "stop":
+    def _not_finite(self) -> None:
+        """A step that changed no weights, on any rank."""
+        policy = self._spec.faults.nonfinite
+        if policy == "stop":
             raise RunFailedError(
                 f"step {self.step}: loss or gradients are not finite; no weights were changed. "
                 "Lower optim.lr, set optim.clip, or set faults.nonfinite: skip to leave such steps out"
             )
+        if policy == "rollback":
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Puts back the weights of the last checkpoint; the data goes on from here, past what led to this."""
+        found: list[Checkpoint | None] = [None]
+        if self._job.rank == 0:
+            found = [next(iter(reversed(list_checkpoints(self._store))), None)]
+        if self._job.num_ranks > 1:
+            dist.broadcast_object_list(found, src=0)
+        checkpoint = found[0]
+        if checkpoint is None:
+            return
+        self._rollbacks[checkpoint.step] += 1
+        if self._rollbacks[checkpoint.step] > _ROLLBACKS:
+            raise RunFailedError(
+                f"step {self.step}: loss or gradients are not finite, {_ROLLBACKS} times since the checkpoint of step "
+                f"{checkpoint.step} was put back. Lower optim.lr or set optim.clip"
+            )
+        job, engine = self._job, self._engine
+        self._applied_steps = int(checkpoint.manifest["optimizer_step"])
+        reader = FragmentReader(self._store, checkpoint)
+        load(engine.engine, engine.module, reader, self._applied_steps, job.rank, job.num_ranks)
 
     # ---- between steps ----
 
@@ -317,16 +357,20 @@ class Loop:
 
     def _remember(self, always: bool = False) -> Iterator[Report]:
         """A snapshot in memory, when one is due."""
-        if not always and not self._due(self._ahead.snapshot_every):
+        anchor = self._job.anchors and self._due(self._ahead.anchor_every)
+        if not (always or anchor or self._due(self._ahead.snapshot_every)):
             return
         schedule = self._job.schedule
         if self._due(schedule.eval_every) or self._due(schedule.checkpoint_every):
             # They average buffers: a snapshot of this step is of what they leave, whenever it was taken.
             average_buffers(self._engine.module)
         begin = time.perf_counter()
-        self._snapshots.take(self.step, self.position, self._applied_steps)
+        slot = self._snapshots.take(self.step, self.position, self._applied_steps)
         self._ahead.snapshot_took(time.perf_counter() - begin)
         yield from self._announce()
+        if anchor and slot is not None:
+            self._snapshots.pin(slot)
+            yield Anchor(self._job.rank, self.step, slot)
 
     def _save(self, must: bool = False) -> Iterator[Report]:
         """A snapshot that the agent writes to the store while training goes on.
@@ -358,6 +402,7 @@ class Loop:
         if self._generation == self._snapshots.generation:
             return
         self._generation, layout = self._snapshots.generation, self._snapshots.layout
+        self._ahead.snapshot_bytes = layout.num_bytes
         fds = tuple(self._snapshots.fds)
         yield SlotsMade(self._job.rank, fds, layout.num_bytes, layout.parts, layout.whole, layout.ties)
 

@@ -93,6 +93,7 @@ class RankJob:
         resume: manifest of the checkpoint to start from, with its path under `checkpoints`.
         memory: name of a rank's file -> where to read it, when that checkpoint is one in memory.
         evaluated: the evaluation of `step` has been made; unfinished: what follows a step may still have to be.
+        anchors: there are several machines, each to hold another's snapshots.
         best: value of the best metric so far.
         cwd: the user's working directory, first on the import path.
     """
@@ -114,6 +115,7 @@ class RankJob:
     memory: Mapping[str, SlotPlace] | None = None
     evaluated: bool = False
     unfinished: bool = False
+    anchors: bool = False
     best: float | None = None
     cwd: str = "."
     device: str = "cpu"
