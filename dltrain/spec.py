@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +23,7 @@ from dltrain.errors import SpecError
 __all__ = [
     "BatchSpec",
     "BestSpec",
+    "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
     "EngineSpec",
@@ -55,6 +56,13 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
 
 
+class CacheSpec(_Model):
+    dir: str
+    """A directory of each node, made where it is missing; what others keep there stays."""
+    gb: float = Field(gt=0, allow_inf_nan=False)
+    """Most gigabytes (10^9 bytes) kept there; what was used longest ago goes first."""
+
+
 class DataSpec(_Model):
     train: str
     """Parquet to train on: a directory, glob or file; any fsspec URL."""
@@ -74,6 +82,8 @@ class DataSpec(_Model):
     """Row groups shuffled together in a lane; default: chosen."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the sample order."""
+    cache: CacheSpec | None = None
+    """Keeps what was read from object storage on each node, for all its workers and runs; default: not kept."""
 
 
 class BatchSpec(_Model):
@@ -269,7 +279,7 @@ class JobSpec(_Model):
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed, as field -> value."""
         # data.train's own sub-fields are listed, so that the message can name the one that changed.
-        data = self.data.model_dump(mode="json", exclude={"end", "bad_rows", "collate_workers"})
+        data = self.data.model_dump(mode="json", exclude={"end", "bad_rows", "collate_workers", "cache"})
         return {"task": self.task, "args": self.args, **{f"data.{k}": v for k, v in data.items()}}
 
 
@@ -373,5 +383,7 @@ def _unknown(where: str) -> str:
 def _fields(parents: Sequence[str]) -> list[str]:
     model: Any = JobSpec
     for parent in parents:
-        model = model.model_fields[parent].annotation
+        annotation = model.model_fields[parent].annotation
+        # Of `CacheSpec | None` the first.
+        model = next(iter(get_args(annotation)), annotation)
     return [field.alias or name for name, field in model.model_fields.items()]

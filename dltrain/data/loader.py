@@ -11,12 +11,14 @@ goes on at the next batch, on another number of ranks or with another batch size
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
+from dltrain.data.cache import NodeCache
 from dltrain.data.catalog import Catalog, check_columns, read_catalog
 from dltrain.data.columns import tensors
 from dltrain.data.identity import plan_id
@@ -43,6 +45,8 @@ def open_stream(
     epochs: int | None = 1,
     end: Literal["wrap", "drop"] = "wrap",
     collate: Callable[[pa.RecordBatch, Keys], Mapping[str, Any]] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> BatchStream:
     """Opens a dataset for one rank of a training loop.
 
@@ -53,6 +57,7 @@ def open_stream(
         epochs: passes over the data; None means without end.
         end: the last batch holds what is left (`wrap`), or is left out (`drop`).
         collate: makes the batch from Arrow rows; default: a tensor per column (`dltrain.data.columns.tensors`).
+        cache_dir: keeps what was read from object storage there, for all processes of the node; cache_bytes: at most.
 
     Raises:
         DataError: nothing to read there; StoreError: the storage can't be reached.
@@ -61,11 +66,21 @@ def open_stream(
         raise UserError(f"rank {rank} of {num_ranks}: ranks are 0 to num_ranks - 1")
     if global_batch < 1:
         raise UserError(f"global_batch: found {global_batch}; it must be >= 1")
+    cache = _cache(cache_dir, cache_bytes)
     catalog = read_catalog(url, columns, "url")
     names = tuple(columns or catalog.schema.names)
     check_columns(catalog, names, "columns")
     make = collate or (lambda rows, _: tensors(rows))
-    return BatchStream(catalog, names, make, global_batch, seed, rank, num_ranks, epochs, end)
+    return BatchStream(catalog, names, make, global_batch, seed, rank, num_ranks, epochs, end, cache)
+
+
+def _cache(directory: str | os.PathLike[str] | None, limit_bytes: int | None) -> NodeCache | None:
+    if (directory is None) != (limit_bytes is None) or (limit_bytes is not None and limit_bytes < 1):
+        raise UserError(
+            f"cache_dir {directory!r} and cache_bytes {limit_bytes!r}: a cache needs both, the directory and how many "
+            "bytes it may take"
+        )
+    return None if directory is None or limit_bytes is None else NodeCache(directory, limit_bytes)
 
 
 class BatchStream:
@@ -89,15 +104,17 @@ class BatchStream:
         num_ranks: int,
         epochs: int | None,
         end: Literal["wrap", "drop"],
+        cache: NodeCache | None,
     ) -> None:
         self.catalog, self._collate = catalog, collate
-        self._columns = columns
+        self._columns, self._cache = columns, cache
         self._global_batch, self._seed = global_batch, seed
         self._rank, self._num_ranks = rank, num_ranks
         self._epochs, self._drops = epochs, end == "drop"
         self._num_lanes, self._window_units = choose_lanes(catalog.num_units, global_batch)
         self.position = 0
         self._stream: TrainStream | None = None
+        self._reader: UnitReader | None = None
 
     # ---- where it is ----
 
@@ -168,7 +185,7 @@ class BatchStream:
 
     def _open(self) -> TrainStream:
         order = Order(self.catalog.unit_rows.tolist(), self._num_lanes, self._window_units, self._seed)
-        self._reader = UnitReader(self.catalog, self._columns)
+        self._reader = UnitReader(self.catalog, self._columns, cache=self._cache)
         stream = TrainStream(
             Mixture([order], [1]),
             [self._reader],
@@ -183,9 +200,14 @@ class BatchStream:
         stream.prefetch()
         return stream
 
+    @property
+    def stats(self) -> dict[str, float]:
+        """What was counted of the storage and the cache since reading began: see `UnitReader.stats`."""
+        return self._reader.stats if self._reader else {}
+
     def close(self) -> None:
         """Ends the threads; iterating again goes on from where it was."""
-        if self._stream:
+        if self._stream and self._reader:
             self._stream.close()
             self._reader.close()
             self._stream = None

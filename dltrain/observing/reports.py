@@ -44,6 +44,7 @@ class StepReport:
         seconds: from the end of the previous step, or of what came between, to the end of this one.
         phases: seconds of it by phase.
         replaced: (source, epoch, row id, reason) of each row that another one was trained in the place of.
+        data: what the rank's readers counted since its last report, of what changed.
     """
 
     rank: int
@@ -61,17 +62,19 @@ class StepReport:
     phases: Mapping[str, float]
     ready: int = 0
     replaced: tuple[tuple[int, int, int, str], ...] = ()
+    data: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The metrics of an evaluation, the same on every rank."""
+    """The metrics of an evaluation, the same on every rank; `data` is the rank's own, as in a StepReport."""
 
     rank: int
     step: int
     metrics: Mapping[str, float]
     is_best: bool
     seconds: float
+    data: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Record:
     def step(self, report: StepReport, now: float, total_steps: int) -> None:
         """One rank's step; the line is written when every rank has reported it."""
         self._hub.on_step(report)
+        self._count_data(report.data)
         self._latest = max(self._latest, report.step)
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._launched
@@ -138,6 +139,11 @@ class Record:
         """Rows, in the steps that the weights rest on, that another row was trained in the place of."""
         return sum(self.trail.replaced.values())
 
+    def _count_data(self, counted: Mapping[str, float]) -> None:
+        self._hub.on_data(counted)
+        for name, number in counted.items():
+            self.counters[f"data_{name}"] = self.counters.get(f"data_{name}", 0) + number
+
     def _count(self, report: StepReport) -> None:
         added = {
             "steps": 1,
@@ -150,6 +156,7 @@ class Record:
 
     def evaluated(self, report: EvalReport, now: float) -> None:
         """An evaluation; every rank has the same figures, rank 0's are taken."""
+        self._count_data(report.data)
         if report.rank == 0:
             self.metrics = dict(report.metrics)
             self.ledger.part("eval", report.seconds, now)

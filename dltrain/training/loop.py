@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from dltrain.checkpoint.commit import Checkpoint, write_rank
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.snapshot import load, take
 from dltrain.data.batch import Batch, Sum
+from dltrain.data.cache import NodeCache
 from dltrain.data.catalog import Catalog, check_columns
 from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order, key
@@ -29,7 +31,7 @@ from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
 from dltrain.errors import DltrainError, RunFailedError, UserError
-from dltrain.observing.reports import Done, EvalReport, Ready, Report, Saved, SaveFailed, StepReport
+from dltrain.observing.reports import Done, EvalReport, Note, Ready, Report, Saved, SaveFailed, StepReport
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
@@ -60,6 +62,9 @@ class Loop:
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
         self._saved_step, self._evaluated_step = (job.step if job.resume else -1), -1
+        self._readers: list[UnitReader] = []
+        self._counted: defaultdict[str, float] = defaultdict(float)
+        self._notes: deque[str] = deque()
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -84,11 +89,14 @@ class Loop:
             yield Done(self._job.rank, self.step, stopped)
         finally:
             self._stream.close()
-            self._reader.close()
+            for reader in self._readers:
+                reader.close()
             if self._pool:
                 self._pool.close()
 
     def _between_steps(self) -> Iterator[Report]:
+        while self._notes:
+            yield Note(self._job.rank, self._notes.popleft())
         schedule = self._job.schedule
         if self.step % schedule.eval_every == 0:
             yield from self._evaluate()
@@ -104,10 +112,12 @@ class Loop:
         self._eval = Catalog.from_bytes(job.eval_catalog) if job.eval_catalog else None
         if self._eval:
             check_columns(self._eval, columns, job.spec.task)
-            self._eval_reader = UnitReader(self._eval, columns)
+            self._eval_reader = UnitReader(self._eval, columns, cache=self._cache())
+            self._readers.append(self._eval_reader)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
         order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
-        self._reader = UnitReader(train, columns)
+        self._reader = UnitReader(train, columns, cache=self._cache())
+        self._readers.append(self._reader)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
@@ -142,6 +152,13 @@ class Loop:
         self._resume()
         seconds["load"] = time.perf_counter() - begin
         return Ready(job.rank, _pid(), num_parameters, seconds)
+
+    def _cache(self) -> NodeCache | None:
+        spec = self._spec.data.cache
+        # One rank of a node speaks for all.
+        first = self._job.environment.get("LOCAL_RANK", "0") == "0"
+        say = self._notes.append if first else lambda _: None
+        return NodeCache(spec.dir, int(spec.gb * 1e9), say) if spec else None
 
     def _make_collate(self) -> Callable[[], Any]:
         return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
@@ -213,7 +230,16 @@ class Loop:
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
+            data=self._newly_counted(),
         )
+
+    def _newly_counted(self) -> dict[str, float]:
+        """What the readers counted since the last time, of what changed."""
+        before, self._counted = self._counted, defaultdict(float)
+        for reader in self._readers:
+            for name, number in reader.stats.items():
+                self._counted[name] += number
+        return {name: number - before[name] for name, number in self._counted.items() if number != before[name]}
 
     def _check_finite(self, result: StepResult) -> None:
         if not result.finite and self._spec.faults.nonfinite == "stop":
@@ -232,7 +258,7 @@ class Loop:
         self._evaluated_step = self.step
         is_best = self._is_best(metrics)
         self._mark = time.perf_counter()
-        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin)
+        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin, self._newly_counted())
         if is_best:
             yield from self._save()
 

@@ -51,6 +51,18 @@ def test_yaml_round_trip() -> None:
     assert JobSpec.model_validate(yaml.safe_load(spec.to_yaml())) == spec
 
 
+def test_a_cache_is_no_part_of_what_a_run_is() -> None:
+    spec = parse_spec(good(data={"train": "s3://bucket/train", "cache": {"dir": "/scratch", "gb": 0.5}}))
+    assert spec.data.cache is not None
+    assert spec.data.cache.gb == 0.5
+    assert spec.identity == parse_spec(GOOD).identity
+    wrong = good(data={"train": "s3://bucket/train", "cache": {"dir": "/scratch", "gb": 0, "max": 3}})
+    assert faults(wrong) == (
+        "data.cache.gb: found 0; input should be greater than 0",
+        "data.cache.max: unknown key; allowed: dir, gb",
+    )
+
+
 def test_five_faults_are_five_lines() -> None:
     raw = good(
         name="a b",

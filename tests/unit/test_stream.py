@@ -41,6 +41,9 @@ class Units:
     def start(self, unit: int, needed: float) -> None:
         pass
 
+    def forget(self, unit: int) -> None:
+        pass
+
 
 def collate(rows: pa.RecordBatch, keys: Keys) -> Batch:
     assert rows["id"].to_numpy().tolist() == keys.ids.tolist()
