@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dltrain.data.backends import check_local, open_backend
+from dltrain.data.backends import changed, check_local, open_backend
 from dltrain.data.cache import NodeCache
 from dltrain.data.catalog import Catalog, DataFile, read_footer
 from dltrain.data.fetch import CONNECTIONS, Fetcher, Request
@@ -178,7 +178,8 @@ class UnitReader:
             except BaseException as error:
                 with self._lock:
                     del self._footers[file.path]
-                future.set_exception(error)
+                gone = isinstance(error, FileNotFoundError)
+                future.set_exception(changed(file, "it is gone") if gone else error)
         footer = future.result()
         if group >= footer.num_row_groups:
             raise DataError(f"{file.path} has changed since the run was planned: it lost row group {group}")

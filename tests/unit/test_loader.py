@@ -143,5 +143,5 @@ def test_what_no_tensor_can_hold() -> None:
 
 @pytest.mark.parametrize("half", [{"cache_dir": "x"}, {"cache_bytes": 10}, {"cache_dir": "x", "cache_bytes": 0}])
 def test_a_cache_needs_a_directory_and_a_limit(data: str, half: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="cache_dir.*cache_bytes"):
+    with pytest.raises(UserError, match=r"cache_dir.*cache_bytes"):
         open_stream(data, global_batch=16, **half)
