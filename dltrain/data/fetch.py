@@ -130,8 +130,8 @@ class Fetcher:
 
     @property
     def stats(self) -> dict[str, float]:
-        """Requests by outcome, bytes and seconds of those that succeeded, retries by reason, hedges, cache hits."""
-        return {**self._asker.stats, **(self._cache.stats if self._cache else {})}
+        """Requests by outcome, bytes and seconds of those that succeeded, retries by reason, hedges."""
+        return self._asker.stats
 
     def fetch(self, file: DataFile, find: Callable[[], Sequence[Range]], needed: float) -> Request:
         """Begins to fetch; of all that is asked for, what is needed at the lowest position comes first.

@@ -202,14 +202,16 @@ class BatchStream:
 
     @property
     def stats(self) -> dict[str, float]:
-        """What was counted of the storage and the cache since reading began: see `UnitReader.stats`."""
-        return self._reader.stats if self._reader else {}
+        """What was counted of the storage and the cache: see `Fetcher.stats` and `NodeCache.stats`."""
+        counted = self._reader.stats if self._reader else {}
+        return {**counted, **(self._cache.stats if self._cache else {})}
 
     def close(self) -> None:
         """Ends the threads; iterating again goes on from where it was."""
         if self._stream and self._reader:
-            self._stream.close()
+            # The reader first: who waits for it is told, and need not be waited for.
             self._reader.close()
+            self._stream.close()
             self._stream = None
 
     def __enter__(self) -> BatchStream:

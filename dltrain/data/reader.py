@@ -71,7 +71,7 @@ class UnitReader:
 
     @property
     def stats(self) -> dict[str, float]:
-        """What was counted of the store and the cache: see `Fetcher.stats`."""
+        """What was counted of the store: see `Fetcher.stats`."""
         return self._fetcher.stats if self._fetcher else {}
 
     def start(self, unit: int, needed: float) -> None:

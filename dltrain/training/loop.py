@@ -65,6 +65,7 @@ class Loop:
         self._readers: list[UnitReader] = []
         self._counted: defaultdict[str, float] = defaultdict(float)
         self._notes: deque[str] = deque()
+        self._cache = self._open_cache()
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -88,9 +89,10 @@ class Loop:
             yield from self._save()
             yield Done(self._job.rank, self.step, stopped)
         finally:
-            self._stream.close()
+            # The readers first: who waits for one is told, and need not be waited for.
             for reader in self._readers:
                 reader.close()
+            self._stream.close()
             if self._pool:
                 self._pool.close()
 
@@ -112,11 +114,11 @@ class Loop:
         self._eval = Catalog.from_bytes(job.eval_catalog) if job.eval_catalog else None
         if self._eval:
             check_columns(self._eval, columns, job.spec.task)
-            self._eval_reader = UnitReader(self._eval, columns, cache=self._cache())
+            self._eval_reader = UnitReader(self._eval, columns, cache=self._cache)
             self._readers.append(self._eval_reader)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
         order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
-        self._reader = UnitReader(train, columns, cache=self._cache())
+        self._reader = UnitReader(train, columns, cache=self._cache)
         self._readers.append(self._reader)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
@@ -153,7 +155,7 @@ class Loop:
         seconds["load"] = time.perf_counter() - begin
         return Ready(job.rank, _pid(), num_parameters, seconds)
 
-    def _cache(self) -> NodeCache | None:
+    def _open_cache(self) -> NodeCache | None:
         spec = self._spec.data.cache
         # One rank of a node speaks for all.
         first = self._job.environment.get("LOCAL_RANK", "0") == "0"
@@ -234,10 +236,11 @@ class Loop:
         )
 
     def _newly_counted(self) -> dict[str, float]:
-        """What the readers counted since the last time, of what changed."""
+        """What the readers and the cache counted since the last time, of what changed."""
         before, self._counted = self._counted, defaultdict(float)
-        for reader in self._readers:
-            for name, number in reader.stats.items():
+        sources: list[UnitReader | NodeCache] = [*self._readers, *([self._cache] if self._cache else [])]
+        for source in sources:
+            for name, number in source.stats.items():
                 self._counted[name] += number
         return {name: number - before[name] for name, number in self._counted.items() if number != before[name]}
 

@@ -183,7 +183,7 @@ def test_a_run_with_faults_in_front_of_its_data(s3: Any, proxy: FaultProxy, tmp_
         assert (done.json["steps"], done.json["restarts"]) == (100, 0)
         return tmp_path / "runs" / name
 
-    plain = run("plain", s3.endpoint)
+    plain = run("plain", s3.endpoint, cache={"dir": "/proc/no-cache", "gb": 1})
     faulty = run("faulty", proxy.endpoint, cache={"dir": str(tmp_path / "cache"), "gb": 1})
     batches = [{step: line["batch_id"] for step, line in harness.steps(each).items()} for each in (plain, faulty)]
     assert batches[0] == batches[1]
@@ -194,3 +194,7 @@ def test_a_run_with_faults_in_front_of_its_data(s3: Any, proxy: FaultProxy, tmp_
     before = json.loads((plain / "ledger.json").read_text())["counters"]
     assert before["data_requests_ok"] > 0
     assert "data_retries_server" not in before
+    # A cache that can't be used is said once, for both workers, and counted.
+    assert before["data_cache_error"] >= 2
+    said = [line["text"] for line in harness.events(plain) if line["event"] == "Note"]
+    assert len([text for text in said if "/proc/no-cache" in text]) == 1

@@ -222,7 +222,8 @@ RANGES = [[(at, at + 700), (at + 900, at + 1000)] for at in range(0, SIZE, 1000)
 
 def fetch_all(directory: Path, log: Path, limit: int = MANY, seed: int = 0, part: int = 400) -> dict[str, float]:
     """All of RANGES in some order, checked; returns what was counted."""
-    fetcher = Fetcher(Backend(log, 0.001), 4, part, cache=NodeCache(directory, limit))
+    cache = NodeCache(directory, limit)
+    fetcher = Fetcher(Backend(log, 0.001), 4, part, cache=cache)
     try:
         order = random.Random(seed).sample(range(len(RANGES)), len(RANGES))
         requests = [fetcher.fetch(FILE, lambda i=i: RANGES[i], n) for n, i in enumerate(order)]
@@ -232,7 +233,7 @@ def fetch_all(directory: Path, log: Path, limit: int = MANY, seed: int = 0, part
                 file.seek(start)
                 assert bytes(file.read(end - start)) == CONTENT[start:end]
             fetcher.release(request)
-        return fetcher.stats
+        return {**fetcher.stats, **cache.stats}
     finally:
         fetcher.close()
 
@@ -255,10 +256,11 @@ def test_objects_go_through_the_cache_and_local_files_do_not(tmp_path: Path) -> 
     listed = read_catalog("memory://cached")
     catalog = dataclasses.replace(listed, files=tuple(dataclasses.replace(f, etag="v1") for f in listed.files))
     for columns, outcome in ((["a"], "cache_miss"), (["a"], "cache_hit"), (["a", "b"], "cache_miss")):
-        reader = UnitReader(catalog, columns, cache=NodeCache(tmp_path / "cache", MANY))
+        cache = NodeCache(tmp_path / "cache", MANY)
+        reader = UnitReader(catalog, columns, cache=cache)
         try:
             assert reader.read(1).equals(table.select(columns).slice(100, 100))
-            assert reader.stats[outcome] == 1
+            assert cache.stats[outcome] == 1
         finally:
             reader.close()
     pq.write_table(table, tmp_path / "local.parquet")
