@@ -30,11 +30,11 @@ from dltrain.data.cache import NodeCache, Slot
 from dltrain.data.catalog import DataFile
 from dltrain.data.ranges import Fetched, Parts, Range, coalesce, cut
 
-__all__ = ["CONNECTIONS", "Fetcher", "Request"]
+__all__ = ["CONNECTIONS", "LIMIT_BYTES", "Fetcher", "Request"]
 
 _IN_FLIGHT = 8
 _PART_BYTES = 8 * 1024 * 1024
-_LIMIT_BYTES = 512_000_000
+LIMIT_BYTES = 512_000_000
 # A part that takes far longer than others do is asked for again, over another connection. The first time is free:
 # a share of nothing would leave a dataset of a few parts waiting for one that hangs.
 _HEDGE_SHARE, _HEDGE_SECONDS, _HEDGE_RATE, _HEDGE_THREADS = 0.05, 0.5, 20e6, 2
@@ -103,7 +103,7 @@ class Fetcher:
         backend: Backend,
         in_flight: int = _IN_FLIGHT,
         part_bytes: int = _PART_BYTES,
-        limit_bytes: int = _LIMIT_BYTES,
+        limit_bytes: int = LIMIT_BYTES,
         cache: NodeCache | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from dltrain.data.backends import changed, check_local, open_backend
 from dltrain.data.cache import NodeCache
 from dltrain.data.catalog import Catalog, DataFile, read_footer
-from dltrain.data.fetch import CONNECTIONS, Fetcher, Request
+from dltrain.data.fetch import CONNECTIONS, LIMIT_BYTES, Fetcher, Request
 from dltrain.data.ranges import SparseFile
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
@@ -47,6 +47,7 @@ class UnitReader:
 
     Args:
         cache: of the node, for object storage; local files are read where they are.
+        limit_bytes: fetched from there ahead of being decoded.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class UnitReader:
         columns: Sequence[str] | None = None,
         keep_bytes: int = _KEEP_BYTES,
         cache: NodeCache | None = None,
+        limit_bytes: int = LIMIT_BYTES,
     ) -> None:
         self._catalog = catalog
         self._columns = list(columns) if columns is not None else None
@@ -62,7 +64,7 @@ class UnitReader:
         self._fs, _ = filesystem(catalog.url)
         with explain(catalog.url):
             backend = open_backend(catalog.url, CONNECTIONS)
-        self._fetcher = Fetcher(backend, cache=cache) if backend else None
+        self._fetcher = Fetcher(backend, limit_bytes=limit_bytes, cache=cache) if backend else None
         self._lock = threading.Lock()
         self._units: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._started: dict[int, _Started] = {}
