@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dltrain.data.backends import check_local, open_backend
-from dltrain.data.catalog import Catalog, DataFile, read_footer
+from dltrain.data.catalog import Catalog
 from dltrain.data.fetch import IN_FLIGHT, Fetched, Fetcher, SparseFile
+from dltrain.data.files import DataFile
+from dltrain.data.footers import Footers, read_footer
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
@@ -32,11 +34,24 @@ _FOOTER_THREADS = 4
 
 
 class UnitReader:
-    """Decoded units of a catalog, with those read last kept up to `keep_bytes`."""
+    """Units of a catalog as they are trained on: decoded, filtered, packed; those read last are kept.
 
-    def __init__(self, catalog: Catalog, columns: Sequence[str] | None = None, keep_bytes: int = _KEEP_BYTES) -> None:
-        self._catalog = catalog
+    Args:
+        columns: of the catalog's schema; None means all.
+        keep_bytes: how much to keep.
+        footers: those kept with the plan; without them each file's own is read.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        columns: Sequence[str] | None = None,
+        keep_bytes: int = _KEEP_BYTES,
+        footers: Footers | None = None,
+    ) -> None:
+        self._catalog, self._kept_footers = catalog, footers
         self._columns = list(columns) if columns is not None else None
+        self._stored = catalog.stored_columns(columns)
         self._keep_bytes = keep_bytes
         self._fs, _ = filesystem(catalog.url)
         with explain(catalog.url):
@@ -69,7 +84,7 @@ class UnitReader:
     def _begin(self, future: Future[Fetched], file: DataFile, group: int, needed: float) -> None:
         assert self._fetcher is not None
         try:
-            ranges = _ranges(self._footer(file, group), group, self._columns)
+            ranges = _ranges(self._footer(file, group), group, self._stored)
             inner = self._fetcher.fetch(file, ranges, needed)
         except BaseException as error:
             future.set_exception(error)
@@ -116,7 +131,7 @@ class UnitReader:
             footer = self._footer(file, group)
             try:
                 table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
-                    group, columns=self._columns, use_threads=False
+                    group, columns=self._stored, use_threads=False
                 )
             except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 # An OSError without a number is pyarrow's own, about the bytes; the others are the store's.
@@ -124,7 +139,7 @@ class UnitReader:
                     raise
                 raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
         self.bytes_read += int(self._catalog.units["bytes"][unit].as_py())
-        return table
+        return self._catalog.rows_of(unit, table, self._columns)
 
     def _source(self, unit: int, file: DataFile, group: int) -> Any:
         if self._fetcher is None:
@@ -146,7 +161,8 @@ class UnitReader:
         if mine:
             try:
                 with explain(self._catalog.url):
-                    future.set_result(read_footer(self._fs, file))
+                    kept = self._kept_footers if file.footer_bytes else None
+                    future.set_result(kept(file) if kept else read_footer(self._fs, file))
             except BaseException as error:
                 with self._lock:
                     del self._footers[file.path]

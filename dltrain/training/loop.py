@@ -22,9 +22,8 @@ from dltrain.checkpoint.commit import Checkpoint, write_rank
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.snapshot import load, take
 from dltrain.data.batch import Batch, Sum
-from dltrain.data.catalog import Catalog, check_columns
-from dltrain.data.mixture import Mixture
-from dltrain.data.order import Order, key
+from dltrain.data.catalog import Catalog
+from dltrain.data.order import key
 from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
@@ -33,6 +32,7 @@ from dltrain.observing.reports import Done, EvalReport, Ready, Report, Saved, Sa
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
+from dltrain.training.inputs import Inputs
 from dltrain.training.plan import BatchPlan, RankJob
 from dltrain.training.task import Task, load_collate
 
@@ -84,7 +84,7 @@ class Loop:
             yield Done(self._job.rank, self.step, stopped)
         finally:
             self._stream.close()
-            self._reader.close()
+            self._inputs.close()
             if self._pool:
                 self._pool.close()
 
@@ -99,20 +99,14 @@ class Loop:
 
     def _prepare(self) -> Ready:
         job, seconds, begin = self._job, {}, time.perf_counter()
-        train = Catalog.from_bytes(job.train_catalog)
-        columns = self._columns(train)
-        self._eval = Catalog.from_bytes(job.eval_catalog) if job.eval_catalog else None
-        if self._eval:
-            check_columns(self._eval, columns, job.spec.task)
-            self._eval_reader = UnitReader(self._eval, columns)
+        self._inputs = Inputs(job, self._task.columns)
+        self._inputs.check_same(self._device)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
-        order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
-        self._reader = UnitReader(train, columns)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
-            Mixture([order], [1]),
-            [self._reader],
+            self._inputs.plan.mixture,
+            self._inputs.readers,
             self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,
@@ -145,11 +139,6 @@ class Loop:
 
     def _make_collate(self) -> Callable[[], Any]:
         return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
-
-    def _columns(self, train: Catalog) -> tuple[str, ...]:
-        columns = self._spec.data.columns or self._task.columns or tuple(train.schema.names)
-        check_columns(train, columns, self._spec.task)
-        return columns
 
     def _resume(self) -> None:
         self._engine.step_count = self.step
@@ -225,10 +214,11 @@ class Loop:
     # ---- between steps ----
 
     def _evaluate(self) -> Iterator[Report]:
-        if self._eval is None or self._evaluated_step == self.step:
+        catalog, reader = self._inputs.plan.eval, self._inputs.eval_reader
+        if catalog is None or reader is None or self._evaluated_step == self.step:
             return
         begin = time.perf_counter()
-        metrics = self._metrics(self._eval)
+        metrics = self._metrics(catalog, reader)
         self._evaluated_step = self.step
         is_best = self._is_best(metrics)
         self._mark = time.perf_counter()
@@ -236,16 +226,17 @@ class Loop:
         if is_best:
             yield from self._save()
 
-    def _metrics(self, catalog: Catalog) -> dict[str, float]:
+    def _metrics(self, catalog: Catalog, reader: UnitReader) -> dict[str, float]:
         from dltrain.checkpoint.fragments import average_buffers
 
         job = self._job
         average_buffers(self._engine.module)
         self._engine.eval()
-        rows = min(_EVAL_ROWS, self._spec.batch.micro or _EVAL_ROWS)
+        # A forward pass over no more rows than a training step may have; the same for any number of workers.
+        rows = min(_EVAL_ROWS, self._spec.batch.micro or self._spec.batch.global_)
         chunks = EvalStream(
             catalog.unit_rows,
-            self._eval_reader,
+            reader,
             self._task.collate,
             chunk_rows=rows,
             rank=job.rank,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from harness import dltrain, make_table, steps
+from harness import dltrain, events, make_table, steps, write_data
 
 TWO_EPOCHS = {"epochs": 2}
 
@@ -109,3 +109,57 @@ def test_batches_made_in_other_processes_are_the_same(run_in: Any, tmp_path: Pat
         assert done.code == 0, done.err
     alone, helped = (steps(tmp_path / "runs" / name) for name in ("alone", "helped"))
     assert [line["loss"] for line in alone.values()] == [line["loss"] for line in helped.values()]
+
+
+# ---- several datasets ----
+
+
+def mixed(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Three rows of `web` for one of `books`."""
+    write_data(tmp_path / "web", rows=150, seed=2)
+    write_data(tmp_path / "books", rows=70, files=1, seed=3)
+    sources = {"web": 3, "books": 1}
+    return {"mix": [{"name": n, "url": str(tmp_path / n), "weight": w} for n, w in sources.items()], **more}
+
+
+def test_a_mix_resumed_with_other_workers_and_its_audit(run_in: Any, tmp_path: Path) -> None:
+    data = mixed(tmp_path)
+    assert run_in(data=data, train={"steps": 5}, workers=2).code == 0
+    assert run_in(data=data, train={"steps": 12}, workers=3).code == 0
+    done = run_in(data=data, train={"epochs": 2}, workers=1)
+    assert done.code == 0, done.err
+    # Two epochs of 220 rows: 330 of web, 110 of books.
+    code, lines = audit(tmp_path)
+    assert code == 0
+    assert lines == [
+        "web epoch 0: 150/150 rows exactly once, 0 substituted",
+        "web epoch 1: 150/150 rows exactly once, 0 substituted",
+        "web epoch 2: 30/150 rows so far, each exactly once, 0 substituted",
+        "books epoch 0: 70/70 rows exactly once, 0 substituted",
+        "books epoch 1: 40/70 rows so far, each exactly once, 0 substituted",
+    ]
+    whole = run_in(name="whole", data=data, train={"epochs": 2}, workers=2)
+    assert whole.code == 0, whole.err
+    ids = [[line["batch_id"] for line in steps(tmp_path / "runs" / name).values()] for name in ("tiny", "whole")]
+    assert len(ids[0]) == 28
+    assert ids[0] == ids[1]
+
+
+def test_faults_of_a_mix_are_found_and_named(run_in: Any, tmp_path: Path) -> None:
+    data = mixed(tmp_path, bad_rows=100, end="drop")
+    damage(tmp_path / "books" / "part-0.parquet", 1)
+    # The file is as it is when the run is planned.
+    assert run_in(data=data, train={"epochs": 1}, batch={"global": 64}).code == 0
+    listed = [json.loads(line) for line in (tiny(tmp_path) / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["source"] for line in listed} == {"books"}
+    assert {line["row"] for line in listed} <= set(range(16, 32))
+    dropped = [line for line in events(tiny(tmp_path)) if line["event"] == "dropped"]
+    assert {line["source"] for line in dropped} == {"web", "books"}
+    assert sum(len(line["rows"]) for line in dropped) == 220 % 64
+    path = manifests(tmp_path)[-1]
+    manifest = json.loads(path.read_text())
+    manifest["audit"]["1:0"][1] = f"{int(manifest['audit']['1:0'][1], 16) ^ 1:016x}"
+    path.write_text(json.dumps(manifest))
+    code, lines = audit(tmp_path)
+    assert code == 1
+    assert [line.startswith("books epoch 0") and "not the rows expected" in line for line in lines] == [False, True]
