@@ -279,7 +279,7 @@ def _line(
     chunks = list(zip(names, map(meta.column, range(len(names))), strict=True))
     wanted = (c for name, c in chunks if asked.columns is None or name[0] in asked.columns)
     num_bytes = sum(c.total_compressed_size for c in wanted)
-    num_values = sum(c.num_values for name, c in chunks if name[0] == asked.counted)
+    num_values = sum(_num_values(c) for name, c in chunks if name[0] == asked.counted)
     compared = {c.column for c in asked.conditions}
     bounds = {name[0]: _bounds(c) for name, c in chunks if len(name) == 1 and name[0] in compared}
     for name, value in values.items():
@@ -287,11 +287,21 @@ def _line(
     return group, meta.num_rows, num_bytes, num_values, _open_conditions(asked.conditions, bounds)
 
 
+def _num_values(chunk: pq.ColumnChunkMetaData) -> int:
+    """At most so many there are; a list that is empty or missing has a place in the file as well."""
+    found = chunk.statistics
+    return int(chunk.num_values - (found.null_count if found and found.has_null_count else 0))
+
+
 def _bounds(chunk: pq.ColumnChunkMetaData) -> Bounds:
     found = chunk.statistics
     if found is None:
         return Bounds(None, None, None, chunk.num_values)
-    lo, hi = (found.min, found.max) if found.has_min_max else (None, None)
+    try:
+        lo, hi = (found.min, found.max) if found.has_min_max else (None, None)
+    except ValueError:
+        # A time in nanoseconds, for which Python has no word.
+        lo = hi = None
     return Bounds(lo, hi, found.null_count if found.has_null_count else None, chunk.num_values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from harness import dltrain, events, make_table, steps, write_data
+from harness import dltrain, events, make_spec, make_table, steps, write_data, write_documents, write_spec
 
 TWO_EPOCHS = {"epochs": 2}
 
@@ -163,3 +163,55 @@ def test_faults_of_a_mix_are_found_and_named(run_in: Any, tmp_path: Path) -> Non
     code, lines = audit(tmp_path)
     assert code == 1
     assert [line.startswith("books epoch 0") and "not the rows expected" in line for line in lines] == [False, True]
+
+
+# ---- packing ----
+
+
+def test_a_language_model_on_packed_tokens(run_in: Any, tmp_path: Path) -> None:
+    tokens = write_documents(tmp_path / "text", 120)
+    more = write_documents(tmp_path / "more", 40, seed=1)
+    write_documents(tmp_path / "held-out", 30, seed=2)
+    data = {
+        "mix": [{"name": n, "url": str(tmp_path / n)} for n in ("text", "more")],
+        "eval": str(tmp_path / "held-out"),
+        "pack": {"column": "tokens", "length": 32},
+    }
+    lm = {"task": "tasks:TinyLm", "data": data, "batch": {"global": 4, "micro": 2}, "optim": {"lr": 0.03}}
+    plan = dltrain("plan", str(write_spec(tmp_path, make_spec(tmp_path, **lm))), "--json").json["data"]
+    rows = [source["rows"] for source in plan["sources"]]
+    # A row group packs by itself, so at most a row of it is short.
+    assert all(r >= t / 32 for r, t in zip(rows, (tokens, more), strict=True))
+    assert sum(rows) < (tokens + more) / 32 + plan["row_groups"]
+    assert run_in(**lm, train={"steps": 6}, workers=1).code == 0
+    done = run_in(**lm, train={"epochs": 4}, workers=2)
+    assert done.code == 0, done.err
+    assert run_in(**lm, name="whole", train={"epochs": 4}, workers=2).code == 0
+    two, one = (steps(tmp_path / "runs" / name) for name in ("tiny", "whole"))
+    assert [line["batch_id"] for line in two.values()] == [line["batch_id"] for line in one.values()]
+    losses = [line["loss"] for line in one.values()]
+    np.testing.assert_allclose([line["loss"] for line in two.values()], losses, rtol=1e-5, atol=1e-8)
+    assert losses[-1] < 0.5 * losses[0]
+    # The next token is the last one plus one, which a bigram model learns from any documents.
+    assert done.json["eval"]["loss"] < 0.5 * losses[0]
+    code, lines = audit(tmp_path)
+    assert code == 0
+    assert lines[0] == f"text epoch 0: {rows[0]}/{rows[0]} rows exactly once, 0 substituted"
+
+
+# ---- filters and columns of paths ----
+
+
+def test_a_filtered_run_over_partitions(run_in: Any, tmp_path: Path) -> None:
+    for i, part in enumerate(("lang=de", "lang=fr")):
+        write_data(tmp_path / "parts" / part, rows=90, files=1, seed=i)
+    data = {"train": str(tmp_path / "parts"), "filter": [["lang", "==", "fr"], ["y", ">", 0]]}
+    kept = int((make_table(90, 1)["y"].to_numpy() > 0).sum())
+    assert run_in(data=data, train={"epochs": 1}, workers=2).code == 0
+    # The rows are found once: what a resumed run needs is in its plan.
+    done = run_in(data=data, train={"epochs": 2}, workers=1)
+    assert done.code == 0, done.err
+    assert audit(tmp_path) == (0, [f"epoch {e}: {kept}/{kept} rows exactly once, 0 substituted" for e in (0, 1)])
+    refused = run_in(data={**data, "filter": [["lang", "==", "de"]]}, train={"epochs": 2})
+    assert refused.code == 2
+    assert "data.filter" in refused.json["error"]
