@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,15 @@ import pyarrow.parquet as pq
 
 from dltrain.data.backends import changed, check_local, open_backend
 from dltrain.data.cache import NodeCache
-from dltrain.data.catalog import Catalog, DataFile, read_footer
+from dltrain.data.catalog import Catalog
 from dltrain.data.fetch import CONNECTIONS, LIMIT_BYTES, Fetcher, Request
+from dltrain.data.files import DataFile
+from dltrain.data.footers import Footers, read_footer
 from dltrain.data.ranges import SparseFile
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
-__all__ = ["UnitReader"]
+__all__ = ["UnitReader", "added"]
 
 # Small, since memory that is used again costs less than fresh one; a dataset of this size is decoded once.
 _KEEP_BYTES = 64 * 1024 * 1024
@@ -43,9 +45,12 @@ class _Started:
 
 
 class UnitReader:
-    """Decoded units of a catalog, with those read last kept up to `keep_bytes`.
+    """Units of a catalog as they are trained on: decoded, filtered, packed; those read last are kept.
 
     Args:
+        columns: of the catalog's schema; None means all.
+        keep_bytes: how much to keep.
+        footers: those kept with the plan; without them each file's own is read.
         cache: of the node, for object storage; local files are read where they are.
         limit_bytes: fetched from there ahead of being decoded.
     """
@@ -55,11 +60,13 @@ class UnitReader:
         catalog: Catalog,
         columns: Sequence[str] | None = None,
         keep_bytes: int = _KEEP_BYTES,
+        footers: Footers | None = None,
         cache: NodeCache | None = None,
         limit_bytes: int = LIMIT_BYTES,
     ) -> None:
-        self._catalog = catalog
+        self._catalog, self._kept_footers = catalog, footers
         self._columns = list(columns) if columns is not None else None
+        self._stored = catalog.stored_columns(columns)
         self._keep_bytes = keep_bytes
         self._fs, _ = filesystem(catalog.url)
         with explain(catalog.url):
@@ -102,7 +109,7 @@ class UnitReader:
         assert self._fetcher is not None
         file, group = self._catalog.locate(unit)
         # The footer may have to be read for it.
-        return self._fetcher.fetch(file, lambda: _ranges(self._footer(file, group), group, self._columns), needed)
+        return self._fetcher.fetch(file, lambda: _ranges(self._footer(file, group), group, self._stored), needed)
 
     def read(self, unit: int) -> pa.Table:
         """The unit's rows.
@@ -142,7 +149,7 @@ class UnitReader:
             footer = self._footer(file, group)
             try:
                 table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
-                    group, columns=self._columns, use_threads=False
+                    group, columns=self._stored, use_threads=False
                 )
             except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 # An OSError without a number is pyarrow's own, about the bytes; the others are the store's.
@@ -150,7 +157,7 @@ class UnitReader:
                     raise
                 raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
         self.bytes_read += int(self._catalog.units["bytes"][unit].as_py())
-        return table
+        return self._catalog.rows_of(unit, table, self._columns)
 
     @contextlib.contextmanager
     def _source(self, unit: int, file: DataFile) -> Iterator[Any]:
@@ -176,7 +183,8 @@ class UnitReader:
         if mine:
             try:
                 with explain(self._catalog.url):
-                    future.set_result(read_footer(self._fs, file))
+                    kept = self._kept_footers if file.footer_bytes else None
+                    future.set_result(kept(file) if kept else read_footer(self._fs, file))
             except BaseException as error:
                 with self._lock:
                     del self._footers[file.path]
@@ -196,6 +204,15 @@ class UnitReader:
                     return
                 del self._units[unit]
                 held -= size
+
+
+def added(*counted: Mapping[str, float]) -> Mapping[str, float]:
+    """What several readers counted, together."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for each in counted:
+        for name, number in each.items():
+            total[name] += number
+    return total
 
 
 def _ranges(footer: pq.FileMetaData, group: int, columns: list[str] | None) -> list[tuple[int, int]]:

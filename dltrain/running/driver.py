@@ -104,7 +104,7 @@ class Driver:
             self._make_plan()
             hub = self._make_hub()
             stack.callback(hub.close)
-            self._record = Record(self._spec, self._run, hub, self._view, self._launched)
+            self._record = Record(self._spec, self._plan, self._run, hub, self._view, self._launched)
             self._restore_record()
             stack.callback(self._record.close)
             stack.callback(self._view.close)
@@ -133,13 +133,14 @@ class Driver:
         self._slots.want(self._spec.workers.max)
 
     def _make_plan(self) -> None:
-        self._plan, changes = make_plan(self._spec, self._run)
+        self._plan, changes, is_new = make_plan(self._spec, self._run, self._view.say)
         self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
         self._life.step = self._step
-        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+        self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
         self._announce(changes)
         self._run.save_spec(self._spec)
-        self._run.save_plan(self._plan)
+        if is_new:
+            self._run.save_plan(self._plan)
         self._run.take_stop()
 
     def _turn(self) -> None:
@@ -194,9 +195,9 @@ class Driver:
         return int(self._resume.manifest["position"]) if self._resume else 0
 
     def _announce(self, changes: list[str]) -> None:
-        spec, train = self._spec, self._plan.train
+        spec, plan = self._spec, self._plan
         self._view.say(
-            f"{spec.name}: {train.num_rows:,} rows in {train.num_units} row groups, "
+            f"{spec.name}: {plan.num_rows:,} rows in {plan.num_units:,} row groups, "
             f"{self._schedule.total_steps} steps, into {self._run.url}"
         )
         self._view.say(f"global batch: {BatchPlan.of(spec.batch.global_, spec.batch.micro, spec.workers.max)}")
@@ -285,7 +286,7 @@ class Driver:
 
     def _job(self, rank: int, environment: Mapping[str, str]) -> RankJob:
         assert self._group is not None
-        best, plan = self._record.best, self._plan
+        best = self._record.best
         return RankJob(
             spec=self._spec,
             attempt=self._group.attempt,
@@ -294,11 +295,9 @@ class Driver:
             step=self._step,
             position=self._position,
             schedule=self._schedule,
-            num_lanes=plan.num_lanes,
-            window_units=plan.window_units,
-            plan_id=plan.plan_id,
-            train_catalog=plan.train.to_bytes(),
-            eval_catalog=plan.eval.to_bytes() if plan.eval else None,
+            run=self._run.url,
+            plan=self._plan.small_bytes,
+            plan_id=self._plan.plan_id,
             checkpoints=self._run.checkpoints.url,
             resume={**self._resume.manifest, "path": self._resume.path} if self._resume else None,
             best=float(best["value"]) if best else None,
@@ -400,7 +399,7 @@ class Driver:
         if self._life.state == "recovering":
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
             self._resume = newest_good(self._run.checkpoints, lambda text: self._view.say(text, "warn"))
-            self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+            self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
 
     def _check_stop(self) -> None:
         now = self._clock()
@@ -437,6 +436,8 @@ class Driver:
         now = self._clock()
         self._record.ledger.enter("other", now)
         error = f"{end.error}" if end.error else ""
+        if end.status == "finished":
+            self._record.dropped(self._schedule.end, self._schedule.dropped)
         self._record.note("end", status=end.status, error=error)
         summary = self._record.summary(end.status, self._life.step, now)
         state = {**self._state(), "workers": [], "error": error, "summary": summary}

@@ -1,6 +1,6 @@
 """The record of a run: journals, ledger, metrics and state.json, fed by the driver.
 
-record = Record(spec, run, hub, view, now)
+record = Record(spec, plan, run, hub, view, now)
 record.step(report); record.event(event); record.beat(lifecycle_state)
 record.summary("finished")
 """
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dltrain.data.identity import BatchSum
+from dltrain.data.plan import Plan
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_json, write_json
@@ -42,8 +43,8 @@ class Record:
         launched: monotonic seconds at which the user's command began.
     """
 
-    def __init__(self, spec: JobSpec, run: RunDir, hub: Hub, view: View, launched: float) -> None:
-        self._spec, self._run, self._hub, self._view = spec, run, hub, view
+    def __init__(self, spec: JobSpec, plan: Plan, run: RunDir, hub: Hub, view: View, launched: float) -> None:
+        self._spec, self._plan, self._run, self._hub, self._view = spec, plan, run, hub, view
         before = read_json(run.store, "ledger.json") or {}
         seconds = dict(before.get("seconds", {}))
         _book_gap(seconds, read_json(run.store, "state.json"))
@@ -130,9 +131,15 @@ class Record:
     def _quarantine(self, reports: Sequence[StepReport]) -> None:
         for report in reports:
             for source, epoch, row, reason in report.replaced:
-                self._replaced.add(
-                    {"step": report.step, "source": source, "epoch": epoch, "row": row, "reason": reason}
-                )
+                # The ids of a step's rows go on from one dataset to the next.
+                within = row - sum(s.catalog.num_rows for s in self._plan.sources[:source])
+                where = {"source": self._plan.names[source], "epoch": epoch, "row": within}
+                self._replaced.add({"step": report.step, **where, "reason": reason})
+
+    def dropped(self, consumed: int, size: int) -> None:
+        """Which rows `data.end: drop` left out, `size` of them from a position on."""
+        for source, epoch, ids in self._plan.rows(consumed, size):
+            self.note("dropped", source=self._plan.names[source], epoch=epoch, rows=ids.tolist())
 
     @property
     def num_replaced(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,10 +23,8 @@ from dltrain.checkpoint.commit import Checkpoint, write_rank
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.snapshot import load, take
 from dltrain.data.batch import Batch, Sum
-from dltrain.data.cache import NodeCache
-from dltrain.data.catalog import Catalog, check_columns
-from dltrain.data.mixture import Mixture
-from dltrain.data.order import Order, key
+from dltrain.data.catalog import Catalog
+from dltrain.data.order import key
 from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
@@ -35,6 +33,7 @@ from dltrain.observing.reports import Done, EvalReport, Note, Ready, Report, Sav
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
+from dltrain.training.inputs import Inputs
 from dltrain.training.plan import BatchPlan, RankJob
 from dltrain.training.task import Task, load_collate
 
@@ -62,10 +61,7 @@ class Loop:
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
         self._saved_step, self._evaluated_step = (job.step if job.resume else -1), -1
-        self._readers: list[UnitReader] = []
-        self._counted: defaultdict[str, float] = defaultdict(float)
         self._notes: deque[str] = deque()
-        self._cache = self._open_cache()
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -90,8 +86,7 @@ class Loop:
             yield Done(self._job.rank, self.step, stopped)
         finally:
             # The readers first: who waits for one is told, and need not be waited for.
-            for reader in self._readers:
-                reader.close()
+            self._inputs.close()
             self._stream.close()
             if self._pool:
                 self._pool.close()
@@ -109,22 +104,14 @@ class Loop:
 
     def _prepare(self) -> Ready:
         job, seconds, begin = self._job, {}, time.perf_counter()
-        train = Catalog.from_bytes(job.train_catalog)
-        columns = self._columns(train)
-        self._eval = Catalog.from_bytes(job.eval_catalog) if job.eval_catalog else None
-        if self._eval:
-            check_columns(self._eval, columns, job.spec.task)
-            self._eval_reader = UnitReader(self._eval, columns, cache=self._cache)
-            self._readers.append(self._eval_reader)
+        self._inputs = Inputs(job, self._task.columns, self._notes.append)
+        self._inputs.check_same(self._device)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
-        order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
-        self._reader = UnitReader(train, columns, cache=self._cache)
-        self._readers.append(self._reader)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
-            Mixture([order], [1]),
-            [self._reader],
+            self._inputs.plan.mixture,
+            self._inputs.readers,
             self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,
@@ -155,20 +142,8 @@ class Loop:
         seconds["load"] = time.perf_counter() - begin
         return Ready(job.rank, _pid(), num_parameters, seconds)
 
-    def _open_cache(self) -> NodeCache | None:
-        spec = self._spec.data.cache
-        # One rank of a node speaks for all.
-        first = self._job.environment.get("LOCAL_RANK", "0") == "0"
-        say = self._notes.append if first else lambda _: None
-        return NodeCache(spec.dir, int(spec.gb * 1e9), say) if spec else None
-
     def _make_collate(self) -> Callable[[], Any]:
         return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
-
-    def _columns(self, train: Catalog) -> tuple[str, ...]:
-        columns = self._spec.data.columns or self._task.columns or tuple(train.schema.names)
-        check_columns(train, columns, self._spec.task)
-        return columns
 
     def _resume(self) -> None:
         self._engine.step_count = self.step
@@ -232,17 +207,8 @@ class Loop:
             seconds=clock.now - clock.begin,
             phases=clock.seconds,
             ready=self._stream.ready,
-            data=self._newly_counted(),
+            data=self._inputs.newly_counted(),
         )
-
-    def _newly_counted(self) -> dict[str, float]:
-        """What the readers and the cache counted since the last time, of what changed."""
-        before, self._counted = self._counted, defaultdict(float)
-        sources: list[UnitReader | NodeCache] = [*self._readers, *([self._cache] if self._cache else [])]
-        for source in sources:
-            for name, number in source.stats.items():
-                self._counted[name] += number
-        return {name: number - before[name] for name, number in self._counted.items() if number != before[name]}
 
     def _check_finite(self, result: StepResult) -> None:
         if not result.finite and self._spec.faults.nonfinite == "stop":
@@ -254,27 +220,29 @@ class Loop:
     # ---- between steps ----
 
     def _evaluate(self) -> Iterator[Report]:
-        if self._eval is None or self._evaluated_step == self.step:
+        catalog, reader = self._inputs.plan.eval, self._inputs.eval_reader
+        if catalog is None or reader is None or self._evaluated_step == self.step:
             return
         begin = time.perf_counter()
-        metrics = self._metrics(self._eval)
+        metrics = self._metrics(catalog, reader)
         self._evaluated_step = self.step
         is_best = self._is_best(metrics)
         self._mark = time.perf_counter()
-        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin, self._newly_counted())
+        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin, self._inputs.newly_counted())
         if is_best:
             yield from self._save()
 
-    def _metrics(self, catalog: Catalog) -> dict[str, float]:
+    def _metrics(self, catalog: Catalog, reader: UnitReader) -> dict[str, float]:
         from dltrain.checkpoint.fragments import average_buffers
 
         job = self._job
         average_buffers(self._engine.module)
         self._engine.eval()
-        rows = min(_EVAL_ROWS, self._spec.batch.micro or _EVAL_ROWS)
+        # A forward pass over no more rows than a training step may have; the same for any number of workers.
+        rows = min(_EVAL_ROWS, self._spec.batch.micro or self._spec.batch.global_)
         chunks = EvalStream(
             catalog.unit_rows,
-            self._eval_reader,
+            reader,
             self._task.collate,
             chunk_rows=rows,
             rank=job.rank,

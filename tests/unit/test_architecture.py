@@ -19,6 +19,7 @@ LEVELS = {
     "observing": 3,
     "store": 4,
     "spec": 4,
+    "conditions": 5,
     "errors": 5,
 }
 PURE = (
@@ -26,6 +27,7 @@ PURE = (
     "data/identity.py",
     "data/mixture.py",
     "running/lifecycle.py",
+    "conditions.py",
     "observing/ledger.py",
     "spec.py",
 )
