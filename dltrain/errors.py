@@ -5,6 +5,7 @@
         SpecError               the spec: all faults at once, one line each
         DataError               the dataset: missing, empty, unreadable, wrong schema
           BadRowsError            rows of a batch that a task's collate can't use
+          DataChangedError        a file is not the one that the run was planned with
         StoreError              object storage: unreachable, credentials refused, bucket missing
         RunChangedError         resuming a run whose task or data is not the one it was started with
         CapacityError           the cluster is smaller than the run needs and did not grow in time
@@ -74,6 +75,10 @@ class BadRowsError(DataError):
         for name, reason in zip(names, self.reasons, strict=True):
             by_reason.setdefault(reason, []).append(str(name))
         return "; ".join(f"row {', '.join(rows)}: {reason}" for reason, rows in by_reason.items())
+
+
+class DataChangedError(DataError):
+    """A file of the dataset is not the one that the run was planned with: no row of it can be trusted."""
 
 
 class StoreError(UserError):

@@ -13,23 +13,27 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dltrain.conditions import check_condition
 from dltrain.errors import SpecError
 
 __all__ = [
     "BatchSpec",
     "BestSpec",
+    "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
     "EngineSpec",
     "FaultsSpec",
     "JobSpec",
     "MetricsSpec",
+    "MixSpec",
     "OptimSpec",
+    "PackSpec",
     "TrainSpec",
     "WorkersSpec",
     "load_spec",
@@ -55,13 +59,50 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
 
 
+class CacheSpec(_Model):
+    dir: str
+    """A directory of each node, made where it is missing; what others keep there stays."""
+    gb: float = Field(gt=0, allow_inf_nan=False)
+    """Most gigabytes (10^9 bytes) kept there; what was used longest ago goes first."""
+
+
+class MixSpec(_Model):
+    name: str
+    """What the audit and the journals call it."""
+    url: str
+    """Parquet: a directory, glob or file; any fsspec URL."""
+    weight: int = Field(default=1, ge=1, le=65536)
+    """Its share of the rows is its weight over the sum of all weights."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+            raise ValueError("must be 1-63 letters, digits, dots, dashes or underscores")
+        return name
+
+
+class PackSpec(_Model):
+    column: str
+    """Lists of numbers, such as token ids: what is laid end to end."""
+    length: int = Field(ge=1, le=2**24)
+    """Tokens of a packed row."""
+
+
 class DataSpec(_Model):
-    train: str
-    """Parquet to train on: a directory, glob or file; any fsspec URL."""
+    train: str | None = None
+    """Parquet to train on: a directory, glob or file; any fsspec URL. Give `train` or `mix`."""
+    mix: tuple[MixSpec, ...] = ()
+    """Several datasets in a fixed proportion; an epoch is as many rows as they have together."""
     eval: str | None = None
     """Parquet to evaluate on; without it there is no evaluation."""
     columns: tuple[str, ...] | None = None
     """Columns to read; default: those the task names, else all."""
+    filter: tuple[tuple[Any, ...], ...] = ()
+    """Conditions [column, op, value] that rows of all datasets must meet; ops: ==, !=, <, <=, >, >=, in, not in,
+    is null, not null."""
+    pack: PackSpec | None = None
+    """Sequences of all datasets laid end to end and cut into rows of one length."""
     collate_workers: int = Field(default=0, ge=0, le=256)
     """Processes per worker that run the task's `collate`; 0: in the worker's own threads."""
     bad_rows: int = Field(default=0, ge=0)
@@ -74,6 +115,32 @@ class DataSpec(_Model):
     """Row groups shuffled together in a lane; default: chosen."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the sample order."""
+    cache: CacheSpec | None = None
+    """Keeps what was read from object storage on each node, for all its workers and runs; default: not kept."""
+
+    @field_validator("filter")
+    @classmethod
+    def _conditions(cls, conditions: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
+        faults = [fault for fault in map(check_condition, conditions) if fault]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return conditions
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.train is None) == (not self.mix):
+            found = "neither" if self.train is None else "both"
+            raise ValueError(f"found {found} train and mix; give exactly one, it says what to train on")
+        names = [source.name for source in self.mix]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"found the name {twice[0]!r} twice in mix; the audit tells datasets apart by name")
+        return self
+
+    @property
+    def sources(self) -> tuple[MixSpec, ...]:
+        """The datasets to train on; a single one is called `train`."""
+        return self.mix if self.train is None else (MixSpec(name="train", url=self.train),)
 
 
 class BatchSpec(_Model):
@@ -230,7 +297,7 @@ class FaultsSpec(_Model):
 
 
 class JobSpec(_Model):
-    """A whole run. Only `name`, `task`, `data.train`, `batch.global`, `train` and `optim.lr` must be given."""
+    """A whole run. `name`, `task`, `data.train` or `.mix`, `batch.global`, `train` and `optim.lr` must be given."""
 
     name: str
     """The run's name, and that of its directory."""
@@ -285,7 +352,7 @@ class JobSpec(_Model):
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed, as field -> value."""
         # data.train's own sub-fields are listed, so that the message can name the one that changed.
-        data = self.data.model_dump(mode="json", exclude={"end", "bad_rows", "collate_workers"})
+        data = self.data.model_dump(mode="json", exclude={"end", "bad_rows", "collate_workers", "cache"})
         return {"task": self.task, "args": self.args, **{f"data.{k}": v for k, v in data.items()}}
 
 
@@ -389,5 +456,7 @@ def _unknown(where: str) -> str:
 def _fields(parents: Sequence[str]) -> list[str]:
     model: Any = JobSpec
     for parent in parents:
-        model = model.model_fields[parent].annotation
+        # A number is a place in a list; a field that may be left out is a union with None.
+        kind = model if parent.isdigit() else model.model_fields[parent].annotation
+        model = next((k for k in get_args(kind) if hasattr(k, "model_fields")), kind)
     return [field.alias or name for name, field in model.model_fields.items()]

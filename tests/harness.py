@@ -41,6 +41,21 @@ def write_data(directory: Path, rows: int = 200, files: int = 2, group: int = 16
     return directory
 
 
+def write_documents(directory: Path, documents: int = 60, files: int = 2, group: int = 9, seed: int = 0) -> int:
+    """Token sequences of 0 to 40 tokens that count upwards mod 50, some of them missing; returns their tokens."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lengths, firsts = rng.integers(0, 40, documents), rng.integers(0, 50, documents)
+    rows = [((f + np.arange(n)) % 50).tolist() if n % 7 else None for n, f in zip(lengths, firsts, strict=True)]
+    table = pa.table(
+        {"tokens": pa.array(rows, pa.list_(pa.int32())), "lang": [("de", "fr")[i % 2] for i in range(documents)]}
+    )
+    size = -(-documents // files)
+    for i in range(files):
+        pq.write_table(table.slice(i * size, size), directory / f"part-{i}.parquet", row_group_size=group)
+    return sum(len(row or []) for row in rows)
+
+
 def make_spec(tmp: Path, **changes: Any) -> dict[str, Any]:
     """A spec for `tasks:Tiny` over data under `tmp`."""
     return {

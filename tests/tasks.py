@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dltrain import BadRowsError, Batch, Keys, Sum, Task
+from dltrain.data.columns import tensors
 
 WIDTH = 8
 
@@ -79,3 +80,21 @@ class Dies(Tiny):
 
 class NotATask:
     """Forgot to derive from Task."""
+
+
+class TinyLm(Task):
+    """Predicts each token from the one before it, within its document; a batch counts predictions."""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
+
+    def collate(self, rows: pa.RecordBatch, keys: Keys) -> Batch:
+        found = tensors(rows)
+        tokens, segments = found["tokens"].long(), found["segment_ids"]
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        return Batch(int(same.sum()), tokens=tokens, same=same)
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits = model(batch.tokens[:, :-1]).float()
+        each = F.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+        return (each * batch.same).sum() / max(batch.count, 1)

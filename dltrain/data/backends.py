@@ -9,27 +9,34 @@ A range is read with one request, and only of the version of the file that the c
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Protocol
 
 from dltrain.data.catalog import DataFile
-from dltrain.errors import DataError
+from dltrain.errors import DataChangedError
 from dltrain.store import filesystem, s3_options
 
 __all__ = ["Backend", "changed", "check_local", "open_backend"]
+
+# Short: a part that stalls is cheap to ask for again.
+_READ_SECONDS = 20
 
 
 class Backend(Protocol):
     """Reads ranges, from several threads at once."""
 
-    def read(self, file: DataFile, start: int, end: int) -> bytes:
-        """Bytes [start, end), fewer where the connection broke off.
+    def read(self, file: DataFile, start: int, end: int, fresh: bool = False) -> bytes:
+        """Bytes [start, end), fewer where the connection broke off; `fresh` asks for a connection of its own.
 
         Raises:
-            DataError: the file is not the one that was listed.
+            DataChangedError: the file is not the one that was listed.
         """
 
     def renew(self) -> None:
         """Begins again with the credentials of this moment."""
+
+    def close(self) -> None:
+        """Lets go of connections that nobody uses."""
 
 
 def open_backend(url: str, connections: int) -> Backend | None:
@@ -41,16 +48,16 @@ def open_backend(url: str, connections: int) -> Backend | None:
     return None if "file" in protocol else FsspecBackend(url)
 
 
-def changed(file: DataFile, how: str) -> DataError:
+def changed(file: DataFile, how: str) -> DataChangedError:
     """The error for a file that is not the one the run was planned with."""
-    return DataError(
+    return DataChangedError(
         f"{file.path} has changed since the run was planned ({how}); its rows are no longer those that the order of "
         "samples was made of: restore the file, or start a run under another name"
     )
 
 
 def check_local(file: DataFile) -> None:
-    """Raises DataError when a local file is not the one that was listed."""
+    """Raises DataChangedError when a local file is not the one that was listed."""
     try:
         found = os.stat(file.path)
     except FileNotFoundError:
@@ -67,29 +74,30 @@ class S3Backend:
 
     def __init__(self, connections: int) -> None:
         self._connections = connections
+        self._lock = threading.Lock()
         self.renew()
 
     def renew(self) -> None:
-        """A new client, with the credentials of this moment."""
-        import botocore.session
-        from botocore.config import Config
+        """New clients, with the credentials of this moment."""
+        client = _s3_client(self._connections)
+        with self._lock:
+            self._client: Any = client
+            self._fresh: Any = None
 
-        options = s3_options()
-        config = {**options["config_kwargs"], "retries": {"total_max_attempts": 1}}
-        self._client: Any = botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=options["endpoint_url"],
-            config=Config(**config, max_pool_connections=self._connections),
-            **options["client_kwargs"],
-        )
+    def close(self) -> None:
+        """Closes the connections that no request is using."""
+        for client in (self._client, self._fresh):
+            if client:
+                client.close()
 
-    def read(self, file: DataFile, start: int, end: int) -> bytes:
+    def read(self, file: DataFile, start: int, end: int, fresh: bool = False) -> bytes:
         from botocore.exceptions import ClientError
 
         bucket, _, key = file.path.partition("/")
         match = {"IfMatch": f'"{file.etag}"'} if file.etag else {}
+        client = self._fresh_client() if fresh else self._client
         try:
-            reply = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **match)
+            reply = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **match)
             return bytes(reply["Body"].read())
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "")
@@ -100,6 +108,32 @@ class S3Backend:
             if code == "InvalidRange":
                 raise changed(file, "it is shorter") from None
             raise
+
+    def _fresh_client(self) -> Any:
+        """A client that makes a connection for each request."""
+        with self._lock:
+            if self._fresh is None:
+                self._fresh = _s3_client(self._connections)
+                self._fresh.meta.events.register("before-send.s3", _ask_to_close)
+            return self._fresh
+
+
+def _s3_client(connections: int) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    options = s3_options()
+    changes = {"retries": {"total_max_attempts": 1}, "read_timeout": _READ_SECONDS}
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=options["endpoint_url"],
+        config=Config(**{**options["config_kwargs"], **changes}, max_pool_connections=connections),
+        **options["client_kwargs"],
+    )
+
+
+def _ask_to_close(request: Any, **_: Any) -> None:
+    request.headers["Connection"] = "close"
 
 
 class FsspecBackend:
@@ -113,7 +147,10 @@ class FsspecBackend:
         """A new filesystem."""
         self._fs, _ = filesystem(self._url)
 
-    def read(self, file: DataFile, start: int, end: int) -> bytes:
+    def close(self) -> None:
+        """Its connections are fsspec's."""
+
+    def read(self, file: DataFile, start: int, end: int, fresh: bool = False) -> bytes:  # noqa: ARG002 - always so
         try:
             return bytes(self._fs.cat_file(file.path, start=start, end=end))
         except FileNotFoundError:

@@ -2,7 +2,7 @@
 
     catalog = read_catalog("s3://bucket/digits/train", columns=("image", "label"))
     catalog.unit_rows                      # rows of each unit, ready for an `Order`
-    Catalog.from_bytes(catalog.to_bytes())
+    Catalog.from_table(catalog.to_table())
 
 A unit is one row group with at least one row. Units are listed in the order of file names, then of row
 groups, so that the same files give the same catalog everywhere.
@@ -12,51 +12,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dltrain.data.files import DataFile, below, list_files
+from dltrain.data.filters import Bounds, Condition, parse_filter
+from dltrain.data.footers import compress, parse_footer, read_footer, read_tail
+from dltrain.data.packing import Pack, pack
+from dltrain.data.partitions import partition_schema, values_of
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
-__all__ = ["UNFINISHED", "Catalog", "DataFile", "check_columns", "list_files", "read_catalog", "read_footer"]
+__all__ = ["Catalog", "DataFile", "check_columns", "list_files", "read_catalog", "read_footer"]
 
-# A directory that has this file is still being written.
-UNFINISHED = "_dltrain-unfinished"
-
-_TAIL_BYTES = 64 * 1024
 _FOOTER_THREADS = 16
-_SUFFIXES = (".parquet", ".parq")
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file of the dataset: its path within the filesystem, size in bytes, and version tag."""
-
-    path: str
-    size: int
-    etag: str
+_NO_COLUMNS = pa.schema([])
+# A list per dataset, since a plan has a line for each.
+_FILE = pa.struct(
+    [("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())]
+    + [(name, pa.int64()) for name in ("footer_at", "footer_bytes")]
+)
+_UNIT = pa.struct([(name, pa.int64()) for name in ("file", "row_group", "rows", "bytes")] + [("kept", pa.binary())])
 
 
 @dataclass(frozen=True)
 class Catalog:
     """A dataset's files and units.
 
-    `units` has the columns file (index into `files`), row_group, rows and bytes (on the wire, of the
-    columns that are read), one line per unit.
+    `units` has the columns file (index into `files`), row_group, rows (that there are to train on) and bytes (on the
+    wire, of the columns that are read), one line per unit; where there is a filter also kept: which of the row group's
+    rows stay, as compressed bits, null where all do.
+
+    Attributes:
+        schema: of the rows as they are read: packed, and with the columns of the paths.
+        partitions: those columns.
+        filter: the conditions, as JSON.
+        footers: the files' footers, compressed; not part of what is stored.
     """
 
     url: str
     files: tuple[DataFile, ...]
     schema: pa.Schema
     units: pa.Table
+    partitions: pa.Schema = _NO_COLUMNS
+    filter: str = ""
+    pack: Pack | None = None
+    footers: bytes = field(default=b"", repr=False, compare=False)
 
     @cached_property
     def unit_rows(self) -> npt.NDArray[np.int64]:
@@ -82,43 +91,150 @@ class Catalog:
         """The file and row group of a unit."""
         return self.files[self.units["file"][unit].as_py()], self.units["row_group"][unit].as_py()
 
-    @property
+    # ---- how a row group becomes a unit's rows ----
+
+    def stored_columns(self, columns: Sequence[str] | None) -> list[str] | None:
+        """Those that lie in the files, of the columns that are wanted; None: all of them."""
+        if self.pack:
+            return [self.pack.column]
+        if columns is None:
+            return None
+        in_files = [c for c in columns if c not in self.partitions.names]
+        # At least one, which says how many rows there are.
+        return in_files or [c for c in self.schema.names if c not in self.partitions.names][:1]
+
+    def rows_of(self, unit: int, table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+        """The rows to train on, of what a unit's row group holds: filtered, with the path's columns, packed."""
+        kept = self.units["kept"][unit].as_py() if "kept" in self.units.column_names else None
+        if kept is not None:
+            table = table.filter(pa.array(unpack_bits(kept, table.num_rows)))
+        if self.pack:
+            return pack(table, self.pack.column, self.pack.length, int(self.unit_rows[unit]))
+        if len(self.partitions):
+            file, _ = self.locate(unit)
+            for name, value in values_of(file.path, self.partitions).items():
+                column = pa.repeat(pa.scalar(value, self.partitions.field(name).type), table.num_rows)
+                table = table.append_column(name, column)
+        names = table.column_names if columns is None else list(columns)
+        # Without what two writers may say differently of the same rows: whether values may be missing, and notes.
+        return pa.table([table[name] for name in names], names)
+
+    # ---- what is stored ----
+
+    @cached_property
     def digest(self) -> str:
         """Of everything that decides which rows there are: 16 hex digits."""
-        parts = [[f.path, f.size, f.etag] for f in self.files]
-        columns = [self.units[c].to_pylist() for c in ("file", "row_group", "rows")]
-        text = json.dumps([parts, columns, self.schema.names])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for part in self._identity():
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:16]
 
-    def to_bytes(self) -> bytes:
-        """As an Arrow IPC file; the files and the schema are in its metadata."""
-        meta = {
-            "url": self.url,
-            "files": json.dumps([[f.path, f.size, f.etag] for f in self.files]),
-            "schema": self.schema.serialize().to_pybytes().hex(),
-        }
-        table = self.units.replace_schema_metadata(meta)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        return bytes(sink.getvalue())
+    def _identity(self) -> Iterator[bytes]:
+        yield "\n".join(f.path for f in self.files).encode()
+        yield "\n".join(f.etag for f in self.files).encode()
+        yield np.array([f.size for f in self.files], "<i8").tobytes()
+        for name in ("file", "row_group", "rows"):
+            yield self.units[name].to_numpy().astype("<i8").tobytes()
+        yield json.dumps([self.schema.names, self.partitions.names, self.filter, self.pack]).encode()
+
+    def to_table(self) -> pa.Table:
+        """As one line of a table; several catalogs' may be laid one after the other."""
+        lines = [pa.array([getattr(f, field.name) for f in self.files], field.type) for field in _FILE]
+        columns = [
+            self.units[f.name].combine_chunks().cast(f.type)
+            if f.name in self.units.column_names
+            else pa.nulls(self.num_units, f.type)
+            for f in _UNIT
+        ]
+        return pa.table(
+            {
+                "url": [self.url],
+                "schema": pa.array([self.schema.serialize().to_pybytes()], pa.binary()),
+                "partitions": pa.array([self.partitions.serialize().to_pybytes()], pa.binary()),
+                "filter": [self.filter],
+                "pack": [json.dumps(self.pack)],
+                "files": _one_list(pa.StructArray.from_arrays(lines, fields=list(_FILE))),
+                "units": _one_list(pa.StructArray.from_arrays(columns, fields=list(_UNIT))),
+            }
+        )
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Catalog:
-        """The inverse of `to_bytes`."""
-        table = pa.ipc.open_file(pa.BufferReader(raw)).read_all()
-        meta = table.schema.metadata
-        files = tuple(DataFile(*entry) for entry in json.loads(meta[b"files"]))
-        schema = pa.ipc.read_schema(pa.BufferReader(bytes.fromhex(meta[b"schema"].decode())))
-        return cls(meta[b"url"].decode(), files, schema, table.replace_schema_metadata(None))
+    def from_table(cls, table: pa.Table) -> Catalog:
+        """The inverse of `to_table`, of one line."""
+        line = {name: table[name][0] for name in table.column_names}
+        schema, partitions = (pa.ipc.read_schema(pa.BufferReader(line[n].as_py())) for n in ("schema", "partitions"))
+        files = (column.to_pylist() for column in line["files"].values.flatten())
+        units = pa.Table.from_struct_array(line["units"].values)
+        if units["kept"].null_count == units.num_rows:
+            units = units.drop_columns("kept")
+        packed = json.loads(line["pack"].as_py())
+        return cls(
+            line["url"].as_py(),
+            tuple(DataFile(*file) for file in zip(*files, strict=True)),
+            schema,
+            units,
+            partitions,
+            line["filter"].as_py(),
+            Pack(*packed) if packed else None,
+        )
 
 
-def read_catalog(url: str, columns: Sequence[str] | None = None, field: str = "data") -> Catalog:
+def _one_list(items: pa.Array) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array([0, len(items)], pa.int64()), items)
+
+
+def pack_bits(keep: npt.NDArray[np.bool_]) -> bytes:
+    """Which rows stay, as a few bytes."""
+    packed: bytes = pa.compress(np.packbits(keep).tobytes(), "zstd", asbytes=True)
+    return packed
+
+
+def unpack_bits(kept: bytes, num_rows: int) -> npt.NDArray[np.bool_]:
+    """The inverse of `pack_bits`."""
+    raw = pa.decompress(kept, -(-num_rows // 8), "zstd", asbytes=True)
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=num_rows).astype(np.bool_)
+
+
+# ---- reading footers ----
+
+
+class _Facts(NamedTuple):
+    """What one footer says: its schema, its bytes as they are kept, and a line per row group that has rows.
+
+    lines: (groups, 5): row group, rows, bytes, values of the column that is counted, conditions that the rows must be
+    asked about (as bits).
+    """
+
+    schema: pa.Schema
+    footer: bytes
+    lines: npt.NDArray[np.int64]
+
+
+class _Asked(NamedTuple):
+    """What is wanted of each footer. columns: whose bytes count, None: all; counted: whose values are counted."""
+
+    columns: set[str] | None
+    counted: str | None
+    conditions: tuple[Condition, ...]
+    partitions: pa.Schema
+
+
+def read_catalog(
+    url: str,
+    columns: Sequence[str] | None = None,
+    field: str = "data",
+    *,
+    filter: Sequence[Sequence[Any]] = (),
+    counted: str | None = None,
+) -> Catalog:
     """Reads the footers of a directory, glob or file of Parquet, 16 at a time.
 
     Args:
         columns: those that will be read (sizes count only them); None means all.
         field: the spec's field that named the url, for messages.
+        filter: conditions; for each row group units["asked"] has those, as bits, that its rows must be asked about:
+            0 where all rows meet all of them, -1 where none can meet one.
+        counted: a column of lists whose numbers are counted, as units["values"].
 
     Raises:
         DataError: nothing there, no rows, not Parquet, schemas that differ, or a column missing.
@@ -126,28 +242,98 @@ def read_catalog(url: str, columns: Sequence[str] | None = None, field: str = "d
     """
     with explain(url):
         fs, path = filesystem(url)
-        files = list_files(fs, path, url, field)
+        files = list_files(url, field)
+        partitions = partition_schema([below(f.path, path) for f in files], url, field)
+        first = parse_footer(read_tail(fs, files[0]), files[0]).schema.to_arrow_schema().remove_metadata()
+        partitions = pa.schema([f for f in partitions if f.name not in first.names])
+        schema = pa.schema([*first, *partitions])
+        conditions = parse_filter(filter, schema, url)
+        _check_there(columns, schema, url, field)
+        asked = _Asked(set(columns) if columns is not None else None, counted, conditions, partitions)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            footers = list(pool.map(lambda f: read_footer(fs, f), files))
-    schema = _one_schema(files, [footer.schema.to_arrow_schema() for footer in footers], columns, url, field)
-    units = _units(footers, set(columns or schema.names))
+            facts = list(pool.map(lambda f: _read_facts(fs, f, asked), files))
+    used = None if columns is None else [*columns, *(c.column for c in conditions)]
+    _check_same(files, facts, used, url, field)
+    units = _units(facts, counted is not None, bool(conditions))
     if units.num_rows == 0:
         raise DataError(f"{field}: {url} holds {len(files)} Parquet file(s) but no rows; there is nothing to train on")
-    return Catalog(url, tuple(files), schema, units)
+    located, footers = _lay_out(files, facts)
+    text = json.dumps(filter, default=str) if filter else ""
+    return Catalog(url, located, schema, units, partitions, text, footers=footers)
 
 
-def read_footer(fs: Any, file: DataFile) -> pq.FileMetaData:
-    """A file's Parquet footer, with one ranged read (two if it is over 64 KiB)."""
-    tail = fs.cat_file(file.path, start=max(0, file.size - _TAIL_BYTES), end=file.size)
+def _read_facts(fs: Any, file: DataFile, asked: _Asked) -> _Facts:
+    raw = read_tail(fs, file)
+    footer = parse_footer(raw, file)
+    names = [footer.schema.column(i).path.split(".") for i in range(footer.num_columns)]
+    values = values_of(file.path, asked.partitions)
+    lines = [_line(footer.row_group(g), g, names, values, asked) for g in range(footer.num_row_groups)]
+    with_rows = [line for line in lines if line[1]]
+    schema = footer.schema.to_arrow_schema()
+    return _Facts(schema, compress(raw), np.array(with_rows, np.int64).reshape(-1, 5))
+
+
+def _line(
+    meta: pq.RowGroupMetaData, group: int, names: Sequence[Sequence[str]], values: Mapping[str, Any], asked: _Asked
+) -> tuple[int, ...]:
+    chunks = list(zip(names, map(meta.column, range(len(names))), strict=True))
+    wanted = (c for name, c in chunks if asked.columns is None or name[0] in asked.columns)
+    num_bytes = sum(c.total_compressed_size for c in wanted)
+    num_values = sum(_num_values(c) for name, c in chunks if name[0] == asked.counted)
+    compared = {c.column for c in asked.conditions}
+    bounds = {name[0]: _bounds(c) for name, c in chunks if len(name) == 1 and name[0] in compared}
+    for name, value in values.items():
+        bounds[name] = Bounds(value, value, 0 if value is not None else meta.num_rows, meta.num_rows)
+    return group, meta.num_rows, num_bytes, num_values, _open_conditions(asked.conditions, bounds)
+
+
+def _num_values(chunk: pq.ColumnChunkMetaData) -> int:
+    """At most so many there are; a list that is empty or missing has a place in the file as well."""
+    found = chunk.statistics
+    return int(chunk.num_values - (found.null_count if found and found.has_null_count else 0))
+
+
+def _bounds(chunk: pq.ColumnChunkMetaData) -> Bounds:
+    found = chunk.statistics
+    if found is None:
+        return Bounds(None, None, None, chunk.num_values)
     try:
-        if tail[-4:] != b"PAR1":
-            raise pa.ArrowInvalid(f"it ends in {tail[-4:]!r} instead of b'PAR1'")
-        need = int.from_bytes(tail[-8:-4], "little") + 8
-        if need > len(tail):
-            tail = fs.cat_file(file.path, start=max(0, file.size - need), end=file.size)
-        return pq.read_metadata(pa.BufferReader(tail))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.path} ({file.size:,} bytes) is not a Parquet file: {error}") from None
+        lo, hi = (found.min, found.max) if found.has_min_max else (None, None)
+    except ValueError:
+        # A time in nanoseconds, for which Python has no word.
+        lo = hi = None
+    return Bounds(lo, hi, found.null_count if found.has_null_count else None, chunk.num_values)
+
+
+def _open_conditions(conditions: Sequence[Condition], bounds: Mapping[str, Bounds]) -> int:
+    """Those that the rows must be asked about, as bits; -1 where no row can meet one of them."""
+    bits = 0
+    for i, condition in enumerate(conditions):
+        known = bounds.get(condition.column)
+        verdict = condition.verdict(known) if known else None
+        if verdict is False:
+            return -1
+        bits |= (verdict is None) << i
+    return bits
+
+
+def _units(facts: Sequence[_Facts], counted: bool, asked: bool) -> pa.Table:
+    file = np.repeat(np.arange(len(facts)), [len(f.lines) for f in facts])
+    lines = np.concatenate([f.lines for f in facts])
+    columns = dict(zip(("row_group", "rows", "bytes", "values", "asked"), lines.T, strict=True))
+    if not counted:
+        del columns["values"]
+    if not asked:
+        del columns["asked"]
+    return pa.table({"file": file, **{name: np.ascontiguousarray(line) for name, line in columns.items()}})
+
+
+def _lay_out(files: Sequence[DataFile], facts: Sequence[_Facts]) -> tuple[tuple[DataFile, ...], bytes]:
+    """The files with the places of their footers, and the footers end to end."""
+    sizes = [len(f.footer) for f in facts]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    located = (replace(f, footer_at=at, footer_bytes=size) for f, at, size in zip(files, starts, sizes, strict=True))
+    return tuple(located), b"".join(f.footer for f in facts)
 
 
 def check_columns(catalog: Catalog, columns: Iterable[str], who: str) -> None:
@@ -160,87 +346,32 @@ def check_columns(catalog: Catalog, columns: Iterable[str], who: str) -> None:
         )
 
 
-def list_files(fs: Any, path: str, url: str, field: str) -> list[DataFile]:
-    """The Parquet files of a directory, glob or file, sorted.
-
-    Raises:
-        DataError: there are none, or they are still being written.
-    """
-    found, others = _find(fs, path)
-    if not found:
-        seen = f"{others} other file(s) there" if others else "nothing there"
-        raise DataError(f"{field}: found no Parquet at {url} ({seen}); give a directory, glob or file of .parquet")
-    return [DataFile(name, int(info["size"]), _etag(info)) for name, info in sorted(found.items())]
-
-
-def _find(fs: Any, path: str) -> tuple[dict[str, Any], int]:
-    """The files to read, and how many others were passed over."""
-    if any(c in path for c in "*?["):
-        return {k: v for k, v in fs.glob(path, detail=True).items() if v["type"] == "file"}, 0
-    try:
-        info = fs.info(path)
-    except FileNotFoundError:
-        return {}, 0
-    if info["type"] == "file":
-        return {path: info}, 0
-    everything = fs.find(path, detail=True)
-    if any(name.endswith(f"/{UNFINISHED}") for name in everything):
-        raise DataError(
-            f"{path} is not complete: `dltrain data rewrite` is writing it, or was interrupted; let it finish, or "
-            "run it again"
-        )
-    found = {k: v for k, v in everything.items() if k.endswith(_SUFFIXES) and not _hidden(k[len(path) :])}
-    return found, len(everything) - len(found)
-
-
-def _hidden(relative: str) -> bool:
-    """Writers leave _SUCCESS, _temporary/ and .crc files beside the data."""
-    return any(part.startswith(("_", ".")) for part in relative.strip("/").split("/"))
-
-
-def _etag(info: Mapping[str, Any]) -> str:
-    tag = info.get("ETag") or info.get("etag") or info.get("mtime") or ""
-    return str(tag).strip('"')
-
-
-def _one_schema(
-    files: Sequence[DataFile], schemas: Sequence[pa.Schema], columns: Sequence[str] | None, url: str, field: str
-) -> pa.Schema:
-    first = schemas[0].remove_metadata()
-    names = list(columns) if columns is not None else first.names
-    missing = [c for c in names if c not in first.names]
+def _check_there(columns: Sequence[str] | None, schema: pa.Schema, url: str, field: str) -> None:
+    missing = [c for c in columns or () if c not in schema.names]
     if missing:
         raise DataError(
-            f"{field}: {url} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, first.names))}"
+            f"{field}: {url} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, schema.names))}"
         )
-    for file, schema in zip(files[1:], schemas[1:], strict=True):
-        known = names if columns is not None else sorted({*names, *schema.names})
-        for name in known:
-            a, b = _type(first, name), _type(schema, name)
+
+
+def _check_same(
+    files: Sequence[DataFile],
+    facts: Sequence[_Facts],
+    columns: Sequence[str] | None,
+    url: str,
+    field: str,
+) -> None:
+    """Raises DataError when the files differ in a column that is read."""
+    first = facts[0].schema
+    for file, other in zip(files[1:], facts[1:], strict=True):
+        for name in columns if columns is not None else sorted({*first.names, *other.schema.names}):
+            a, b = _type(first, name), _type(other.schema, name)
             if a != b:
                 raise DataError(
                     f"{field}: the files of {url} differ in their schema: column {name!r} is {a} in "
                     f"{files[0].path} and {b} in {file.path}; rewrite them alike, or name the columns to read"
                 )
-    return first
 
 
 def _type(schema: pa.Schema, name: str) -> str:
     return str(schema.field(name).type) if name in schema.names else "missing"
-
-
-def _units(footers: Sequence[pq.FileMetaData], columns: set[str]) -> pa.Table:
-    rows: list[tuple[int, int, int, int]] = []
-    for index, footer in enumerate(footers):
-        for group in range(footer.num_row_groups):
-            meta = footer.row_group(group)
-            if meta.num_rows:
-                rows.append((index, group, meta.num_rows, _group_bytes(meta, columns)))
-    # lines: (M, 4)
-    lines = np.array(rows, np.int64).reshape(-1, 4)
-    return pa.table(dict(zip(("file", "row_group", "rows", "bytes"), lines.T, strict=True)))
-
-
-def _group_bytes(meta: pq.RowGroupMetaData, columns: set[str]) -> int:
-    chunks = (meta.column(i) for i in range(meta.num_columns))
-    return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)

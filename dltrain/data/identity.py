@@ -54,9 +54,14 @@ class BatchSum:
         return f"{self.first:016x}{self.second:016x}"
 
 
-def plan_id(digests: Sequence[str], num_lanes: int, window_units: int, seed: int) -> str:
-    """Names an order of samples: the data's digests (hex), and all that the order is made from."""
-    return f"{key(1, *(int(digest, 16) for digest in digests), num_lanes, window_units, seed):016x}"
+def plan_id(sources: Sequence[tuple[str, int, int]], num_lanes: int, seed: int) -> str:
+    """Names an order of samples by all that it is made from.
+
+    Args:
+        sources: of each dataset its digest (hex), its weight, and its window in units.
+    """
+    parts = [number for digest, weight, window in sources for number in (int(digest, 16), weight, window)]
+    return f"{key(2, len(sources), *parts, num_lanes, seed):016x}"
 
 
 def hash_ids(seed: int, epoch: int, ids: I64) -> U64:

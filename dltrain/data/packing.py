@@ -10,7 +10,7 @@ depends on neither the number of workers nor the batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,17 @@ import pyarrow as pa
 
 from dltrain.errors import DataError
 
-__all__ = ["NUM_TOKENS", "SEGMENT_IDS", "num_chunks", "pack", "packed_schema"]
+__all__ = ["NUM_TOKENS", "SEGMENT_IDS", "Pack", "num_chunks", "pack", "packed_schema"]
 
 SEGMENT_IDS, NUM_TOKENS = "segment_ids", "num_tokens"
 I64 = npt.NDArray[np.int64]
+
+
+class Pack(NamedTuple):
+    """Which column is packed, into rows of how many tokens."""
+
+    column: str
+    length: int
 
 
 def num_chunks(values: I64, length: int) -> I64:

@@ -11,71 +11,105 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dltrain.data.backends import check_local, open_backend
-from dltrain.data.catalog import Catalog, DataFile, read_footer
-from dltrain.data.fetch import IN_FLIGHT, Fetched, Fetcher, SparseFile
+from dltrain.data.backends import changed, check_local, open_backend
+from dltrain.data.cache import NodeCache
+from dltrain.data.catalog import Catalog
+from dltrain.data.fetch import CONNECTIONS, LIMIT_BYTES, Fetcher, Request
+from dltrain.data.files import DataFile
+from dltrain.data.footers import Footers, read_footer
+from dltrain.data.ranges import SparseFile
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
 
-__all__ = ["UnitReader", "column_ranges", "decode_errors"]
+__all__ = ["UnitReader", "added", "column_ranges", "decode_errors"]
 
 # Small, since memory that is used again costs less than fresh one; a dataset of this size is decoded once.
 _KEEP_BYTES = 64 * 1024 * 1024
-_FOOTER_THREADS = 4
+
+
+@dataclass
+class _Started:
+    """A unit on its way, and how many want it."""
+
+    request: Request
+    wanted: int = 1
 
 
 class UnitReader:
-    """Decoded units of a catalog, with those read last kept up to `keep_bytes`."""
+    """Units of a catalog as they are trained on: decoded, filtered, packed; those read last are kept.
 
-    def __init__(self, catalog: Catalog, columns: Sequence[str] | None = None, keep_bytes: int = _KEEP_BYTES) -> None:
-        self._catalog = catalog
+    Args:
+        columns: of the catalog's schema; None means all.
+        keep_bytes: how much to keep.
+        footers: those kept with the plan; without them each file's own is read.
+        cache: of the node, for object storage; local files are read where they are.
+        limit_bytes: fetched from there ahead of being decoded.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        columns: Sequence[str] | None = None,
+        keep_bytes: int = _KEEP_BYTES,
+        footers: Footers | None = None,
+        cache: NodeCache | None = None,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:
+        self._catalog, self._kept_footers = catalog, footers
         self._columns = list(columns) if columns is not None else None
+        self._stored = catalog.stored_columns(columns)
         self._keep_bytes = keep_bytes
         self._fs, _ = filesystem(catalog.url)
         with explain(catalog.url):
-            backend = open_backend(catalog.url, IN_FLIGHT + 2)
-        self._fetcher = Fetcher(backend) if backend else None
-        self._pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dltrain-footer")
+            backend = open_backend(catalog.url, CONNECTIONS)
+        self._fetcher = Fetcher(backend, limit_bytes=limit_bytes, cache=cache) if backend else None
         self._lock = threading.Lock()
         self._units: OrderedDict[int, Future[pa.Table]] = OrderedDict()
-        self._started: dict[int, Future[Fetched]] = {}
+        self._started: dict[int, _Started] = {}
         self._footers: dict[str, Future[pq.FileMetaData]] = {}
         self.bytes_read = 0
 
     @property
-    def stats(self) -> Counter[str]:
-        """What the fetcher counted: parts, bytes, retries by reason, hedges."""
-        return self._fetcher.stats if self._fetcher else Counter()
+    def stats(self) -> dict[str, float]:
+        """What was counted of the store: see `Fetcher.stats`."""
+        return self._fetcher.stats if self._fetcher else {}
 
     def start(self, unit: int, needed: float) -> None:
         """Begins to fetch a unit that is not here; of several, what is needed at the lowest position first."""
         if self._fetcher is None:
             return
         with self._lock:
-            if unit in self._units or unit in self._started:
-                return
-            future = self._started[unit] = Future()
-        file, group = self._catalog.locate(unit)
-        # Not here: the ranges are in the footer, which may have to be read first.
-        self._pool.submit(self._begin, future, file, group, needed)
+            if unit in self._started:
+                self._started[unit].wanted += 1
+            elif unit not in self._units:
+                self._started[unit] = _Started(self._fetch(unit, needed))
 
-    def _begin(self, future: Future[Fetched], file: DataFile, group: int, needed: float) -> None:
+    def forget(self, unit: int) -> None:
+        """Takes one `start` back."""
+        with self._lock:
+            started = self._started.get(unit)
+            if started is None:
+                return
+            started.wanted -= 1
+            if not started.wanted:
+                del self._started[unit]
+                assert self._fetcher is not None
+                self._fetcher.release(started.request)
+
+    def _fetch(self, unit: int, needed: float) -> Request:
         assert self._fetcher is not None
-        try:
-            ranges = column_ranges(self._footer(file, group), group, self._columns)
-            inner = self._fetcher.fetch(file, ranges, needed)
-        except BaseException as error:
-            future.set_exception(error)
-            return
-        inner.add_done_callback(lambda done: _pass_on(done, future))
+        file, group = self._catalog.locate(unit)
+        # The footer may have to be read for it.
+        return self._fetcher.fetch(file, lambda: column_ranges(self._footer(file, group), group, self._stored), needed)
 
     def read(self, unit: int) -> pa.Table:
         """The unit's rows.
@@ -96,7 +130,6 @@ class UnitReader:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._fetcher:
             self._fetcher.close()
 
@@ -112,26 +145,29 @@ class UnitReader:
 
     def _load(self, unit: int) -> pa.Table:
         file, group = self._catalog.locate(unit)
-        with explain(self._catalog.url):
-            source = self._source(unit, file, group)
+        with explain(self._catalog.url), self._source(unit, file) as source:
             footer = self._footer(file, group)
             with decode_errors(file, group):
                 table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
-                    group, columns=self._columns, use_threads=False
+                    group, columns=self._stored, use_threads=False
                 )
         self.bytes_read += int(self._catalog.units["bytes"][unit].as_py())
-        return table
+        return self._catalog.rows_of(unit, table, self._columns)
 
-    def _source(self, unit: int, file: DataFile, group: int) -> Any:
+    @contextlib.contextmanager
+    def _source(self, unit: int, file: DataFile) -> Iterator[Any]:
+        """What pyarrow reads a unit from; its bytes are let go of afterwards."""
         if self._fetcher is None:
             check_local(file)
-            return pa.OSFile(file.path)
+            yield pa.OSFile(file.path)
+            return
         with self._lock:
-            future = self._started.pop(unit, None)
-        if future is None:
-            future = Future()
-            self._begin(future, file, group, float("-inf"))
-        return pa.PythonFile(SparseFile(future.result()))
+            started = self._started.pop(unit, None)
+        request = started.request if started else self._fetch(unit, float("-inf"))
+        try:
+            yield pa.PythonFile(SparseFile(self._fetcher.wait(request)))
+        finally:
+            self._fetcher.release(request)
 
     def _footer(self, file: DataFile, group: int) -> pq.FileMetaData:
         with self._lock:
@@ -142,11 +178,13 @@ class UnitReader:
         if mine:
             try:
                 with explain(self._catalog.url):
-                    future.set_result(read_footer(self._fs, file))
+                    kept = self._kept_footers if file.footer_bytes else None
+                    future.set_result(kept(file) if kept else read_footer(self._fs, file))
             except BaseException as error:
                 with self._lock:
                     del self._footers[file.path]
-                future.set_exception(error)
+                gone = isinstance(error, FileNotFoundError)
+                future.set_exception(changed(file, "it is gone") if gone else error)
         footer = future.result()
         if group >= footer.num_row_groups:
             raise DataError(f"{file.path} has changed since the run was planned: it lost row group {group}")
@@ -163,6 +201,15 @@ class UnitReader:
                 held -= size
 
 
+def added(*counted: Mapping[str, float]) -> Mapping[str, float]:
+    """What several readers counted, together."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for each in counted:
+        for name, number in each.items():
+            total[name] += number
+    return total
+
+
 @contextlib.contextmanager
 def decode_errors(file: DataFile, group: int) -> Iterator[None]:
     """Turns what pyarrow says about the bytes of a row group into a DataError."""
@@ -175,12 +222,6 @@ def decode_errors(file: DataFile, group: int) -> Iterator[None]:
         raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
 
 
-def _pass_on(done: Future[Fetched], to: Future[Fetched]) -> None:
-    error = RuntimeError("the reader was closed") if done.cancelled() else done.exception()
-    if error:
-        to.set_exception(error)
-    else:
-        to.set_result(done.result())
 
 
 def column_ranges(footer: pq.FileMetaData, group: int, columns: list[str] | None) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dltrain.data.catalog import UNFINISHED
+from dltrain.data.files import UNFINISHED
 from dltrain.errors import DataError, StoreError
 from dltrain.store import Store, explain, open_store
 

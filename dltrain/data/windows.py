@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dltrain.data.identity import U64, hash_ids, running_sums
 from dltrain.data.order import Order, Segment, Span, key, mix64
-from dltrain.errors import DataError
+from dltrain.errors import DataChangedError, DataError
 
 __all__ = ["Units", "Window", "Windows", "gather", "one_batch", "stand_ins"]
 
@@ -39,6 +39,9 @@ class Units(Protocol):
 
     def start(self, unit: int, needed: float) -> None:
         """Begins to fetch a unit, without waiting; of several, what is needed at the lowest position first."""
+
+    def forget(self, unit: int) -> None:
+        """Takes one `start` back: the unit will not be read for it."""
 
     def read(self, unit: int) -> pa.Table:
         """The unit's rows, waited for."""
@@ -105,7 +108,9 @@ class Windows:
             return future.result()
         self._current[lane] = (epoch, window)
         for old in [k for k in held if k < (epoch, window)]:
-            held.pop(old).cancel()
+            if held.pop(old).cancel():
+                for span in self._order.window_spans(old[0], lane, old[1]):
+                    self._units.forget(span.unit)
         future = self._start(held, epoch, lane, window)
         following = self._next(epoch, lane, window)
         if following:
@@ -166,6 +171,8 @@ class Windows:
         for i, span in enumerate(spans):
             try:
                 tables.append(self._units.read(span.unit).slice(span.lo, span.hi - span.lo))
+            except DataChangedError:
+                raise
             except DataError as error:
                 if not self._replace:
                     raise DataError(f"{error}; {HINT}") from None

@@ -17,10 +17,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dltrain.observing.ledger import STATES
 
-__all__ = ["RESTART_REASONS", "Metrics"]
+__all__ = ["CACHE_OUTCOMES", "REQUEST_OUTCOMES", "RESTART_REASONS", "RETRY_REASONS", "Metrics"]
 
 RESTART_REASONS = ("exit", "signal", "exception", "agent", "hang")
 PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
+RETRY_REASONS = ("server", "timeout", "connection", "truncated", "expired")
+REQUEST_OUTCOMES = ("ok", "refused", *RETRY_REASONS)
+CACHE_OUTCOMES = ("hit", "miss", "damaged", "error")
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -60,6 +63,19 @@ class Metrics:
         self.checkpoint_seconds = counter("checkpoint_seconds_total", "Seconds that saving held training up")
         self.checkpoint_failures = counter("checkpoint_failures_total", "Checkpoints that could not be written")
         self.info = gauge("run_info", "1; what the run is", "run", "version", "zero_stage", "precision")
+        # data: summed over ranks
+        requests = counter("s3_requests_total", "Requests to the storage of the data, by outcome", "op", "outcome")
+        retries = counter("data_retries_total", "Requests made again, by why", "reason")
+        cache = counter("data_cache_requests_total", "Units looked up in the node's cache, by outcome", "outcome")
+        # what the readers count, by its name there
+        self.data: dict[str, Counter] = {
+            "bytes": counter("s3_read_bytes_total", "Bytes read from the storage of the data"),
+            "seconds": counter("s3_read_seconds_total", "Seconds of the requests that read them, added up"),
+            "hedges": counter("data_hedges_total", "Slow parts asked for a second time"),
+            **{f"requests_{outcome}": requests.labels("get", outcome) for outcome in REQUEST_OUTCOMES},
+            **{f"retries_{reason}": retries.labels(reason) for reason in RETRY_REASONS},
+            **{f"cache_{outcome}": cache.labels(outcome) for outcome in CACHE_OUTCOMES},
+        }
         # rank
         self.phase = counter("step_phase_seconds_total", "Seconds of steps by phase", "rank", "phase")
         self.rank_steps = counter("rank_steps_total", "Steps reported by the rank", "rank")

@@ -73,6 +73,12 @@ class Hub:
         if not report.applied:
             metrics.skipped.inc()
 
+    def on_data(self, counted: Mapping[str, float]) -> None:
+        """What a rank's readers counted since it last told."""
+        for name, number in counted.items():
+            if name in self.metrics.data:
+                self.metrics.data[name].inc(number)
+
     def on_loss(self, loss: float) -> None:
         """The mean loss of a step over its global batch."""
         self.metrics.loss.set(loss)
@@ -97,6 +103,8 @@ class Hub:
         """Starts the counters from what an earlier start of the run had reached."""
         for name in ("steps", "samples", "nonfinite", "skipped", "checkpoint_failures"):
             getattr(self.metrics, name).inc(counters.get(name, 0.0))
+        for name, counter in self.metrics.data.items():
+            counter.inc(counters.get(f"data_{name}", 0.0))
 
     def close(self) -> None:
         """Stops serving."""

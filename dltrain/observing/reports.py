@@ -61,6 +61,7 @@ class StepReport:
         phases: seconds of it by phase.
         replaced: (source, epoch, row id, reason) of each row that another one was trained in the place of.
         time: wall clock at its end; snapshot_every: steps between snapshots in memory, 0 for none.
+        data: what the rank's readers counted since its last report, of what changed.
     """
 
     rank: int
@@ -81,17 +82,19 @@ class StepReport:
     time: float = 0.0
     snapshot_every: int = 0
     attempt: int = 0
+    data: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The metrics of an evaluation, the same on every rank."""
+    """The metrics of an evaluation, the same on every rank; `data` is the rank's own, as in a StepReport."""
 
     rank: int
     step: int
     metrics: Mapping[str, float]
     is_best: bool
     seconds: float
+    data: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,12 @@ def audit_run(name: str) -> dict[str, Any]:
     """
     run = find_run(name)
     checkpoint = find(run.checkpoints)
-    plan, spec = run.load_plan(), run.load_spec()
+    plan = run.load_plan()
     saved = checkpoint.manifest.get("audit")
     if plan is None or saved is None:
         raise UserError(f"the checkpoint of step {checkpoint.step} has no account of the rows it was trained on")
     trail = Trail.of(saved)
-    lines = audit(plan.mixture(spec), int(checkpoint.manifest["position"]), trail.sums, trail.replaced)
+    lines = audit(plan.mixture, int(checkpoint.manifest["position"]), trail.sums, trail.replaced, plan.names)
     epochs = [{**dataclasses.asdict(line), "ok": line.ok, "text": str(line)} for line in lines]
     return {"run": name, "step": checkpoint.step, "epochs": epochs, "ok": all(line.ok for line in lines)}
 

@@ -97,7 +97,7 @@ class Driver:
             self._make_plan()
             hub = make_hub(self._spec, self._view, self._on_cluster)
             stack.callback(hub.close)
-            self._record = Record(self._spec, self._run, hub, self._view, self._launched)
+            self._record = Record(self._spec, self._plan, self._run, hub, self._view, self._launched)
             self._restore_record()
             stack.callback(self._record.close)
             stack.callback(self._view.close)
@@ -130,13 +130,14 @@ class Driver:
         self._slots.want(self._spec.workers.max)
 
     def _make_plan(self) -> None:
-        self._plan, changes = make_plan(self._spec, self._run)
+        self._plan, changes, is_new = make_plan(self._spec, self._run, self._view.say)
         self._keeper.find()
         self._life.step = self._step
-        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+        self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
         announce(self._view, self._spec, self._run.url, self._plan, self._schedule, self._step, changes)
         self._run.save_spec(self._spec)
-        self._run.save_plan(self._plan)
+        if is_new:
+            self._run.save_plan(self._plan)
         self._run.take_stop()
 
     def _turn(self) -> None:
@@ -268,7 +269,7 @@ class Driver:
 
     def _job(self, rank: int, environment: Mapping[str, str]) -> tuple[RankJob, Mapping[str, Any]]:
         assert self._group is not None
-        best, plan, resume, record = self._record.best, self._plan, self._resume, self._record
+        best, resume, record = self._record.best, self._resume, self._record
         memory: Mapping[str, SlotPlace] | None = None
         others: Mapping[str, Any] = {}
         if resume and resume["path"] == "memory" and self._point:
@@ -283,11 +284,9 @@ class Driver:
             step=self._step,
             position=self._position,
             schedule=self._schedule,
-            num_lanes=plan.num_lanes,
-            window_units=plan.window_units,
-            plan_id=plan.plan_id,
-            train_catalog=plan.train.to_bytes(),
-            eval_catalog=plan.eval.to_bytes() if plan.eval else None,
+            run=self._run.url,
+            plan=self._plan.small_bytes,
+            plan_id=self._plan.plan_id,
             checkpoints=self._run.checkpoints.url,
             resume=resume,
             memory=memory,
@@ -417,7 +416,7 @@ class Driver:
         if self._point is None and recovering:
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
             self._keeper.find()
-        self._schedule = Schedule.of(self._spec, self._plan.train.num_rows, self._step, self._position)
+        self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
 
     def _check_stop(self) -> None:
         now = self._clock()
@@ -439,6 +438,8 @@ class Driver:
         now = self._clock()
         self._record.ledger.enter("other", now)
         error = f"{end.error}" if end.error else ""
+        if end.status == "finished":
+            self._record.dropped(self._schedule.end, self._schedule.dropped)
         self._record.note("end", status=end.status, error=error)
         summary = self._record.summary(end.status, self._life.step, now)
         state = {**self._state, "workers": [], "error": error, "summary": summary}

@@ -6,13 +6,17 @@ print_plan(dry_run(spec))
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dltrain.data.catalog import check_columns
-from dltrain.data.order import Order
-from dltrain.running.rundir import Plan, RunDir, make_plan
+import numpy as np
+
+from dltrain.data.order import Order, lane_times
+from dltrain.data.plan import Plan, Source, check_plan
+from dltrain.running.rundir import RunDir, make_plan
 from dltrain.spec import JobSpec
 from dltrain.training.config import deepspeed_config
 from dltrain.training.plan import BatchPlan, Schedule
@@ -33,11 +37,10 @@ def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
         UserError: whatever would stop the run before its first step.
     """
     task = load_task(spec.task, spec.args, cwd or os.getcwd())
-    plan, changes = make_plan(spec, RunDir.of(spec))
-    columns = spec.data.columns or task.columns or tuple(plan.train.schema.names)
-    for catalog in filter(None, (plan.train, plan.eval)):
-        check_columns(catalog, columns, spec.task)
-    schedule = Schedule.of(spec, plan.train.num_rows)
+    plan, changes, _ = make_plan(spec, RunDir.of(spec), lambda text: print(text, file=sys.stderr))
+    columns = spec.data.columns or task.columns or tuple(plan.schema.names)
+    check_plan(plan, columns, spec.task)
+    schedule = Schedule.of(spec, plan.num_rows)
     num_ranks = spec.workers.max
     batch = BatchPlan.of(spec.batch.global_, spec.batch.micro, num_ranks)
     parameters = sum(p.numel() for p in task.build().parameters())
@@ -67,35 +70,67 @@ def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
 
 
 def _data(plan: Plan, spec: JobSpec, columns: tuple[str, ...], num_ranks: int) -> dict[str, Any]:
-    train = plan.train
-    order = Order(train.unit_rows.tolist(), plan.num_lanes, plan.window_units, spec.data.seed)
-    workers = [_share(order, plan, spec.batch.global_, rank, num_ranks) for rank in range(num_ranks)]
     return {
-        "rows": train.num_rows,
-        "row_groups": train.num_units,
-        "files": len(train.files),
-        "bytes": train.num_bytes,
+        "rows": plan.num_rows,
+        "row_groups": plan.num_units,
+        "files": sum(len(s.catalog.files) for s in plan.sources),
+        "bytes": round(sum(_passes(plan, s) * s.catalog.num_bytes for s in plan.sources)),
         "eval_rows": plan.eval.num_rows if plan.eval else 0,
         "columns": list(columns),
         "lanes": plan.num_lanes,
-        "window": plan.window_units,
+        "window": max(s.window_units for s in plan.sources),
         "plan_id": plan.plan_id,
-        "workers": workers,
+        "sources": [
+            {
+                "name": s.name,
+                "url": s.catalog.url,
+                "rows": s.catalog.num_rows,
+                "row_groups": s.catalog.num_units,
+                "weight": s.weight,
+                "passes": round(_passes(plan, s), 4),
+            }
+            for s in plan.sources
+        ],
+        "workers": [_share(plan, spec.batch.global_, rank, num_ranks) for rank in range(num_ranks)],
     }
 
 
-def _share(order: Order, plan: Plan, global_batch: int, rank: int, num_ranks: int) -> dict[str, int]:
-    """What one rank reads in the first epoch, exactly."""
-    windows: set[tuple[int, int]] = set()
-    rows = 0
-    for at in range(0, order.num_rows, global_batch):
-        size = min(global_batch, order.num_rows - at)
-        for s in order.segments(at, size, rank, num_ranks):
-            windows.add((s.lane, s.window))
-            rows += s.hi - s.lo
-    units = {span.unit for lane, window in windows for span in order.window_spans(0, lane, window)}
-    sizes = plan.train.units["bytes"].to_numpy()
-    return {"rank": rank, "rows": rows, "row_groups": len(units), "bytes": int(sum(sizes[u] for u in units))}
+def _passes(plan: Plan, source: Source) -> float:
+    """How often an epoch goes through a dataset: once, where it is the only one."""
+    return plan.num_rows * source.weight / sum(s.weight for s in plan.sources) / source.catalog.num_rows
+
+
+def _share(plan: Plan, global_batch: int, rank: int, num_ranks: int) -> dict[str, int]:
+    """What one rank reads in the first epoch: its lanes are the same in every step, or in every few."""
+    steps = plan.num_lanes // math.gcd(plan.num_lanes, global_batch)
+    times = (lane_times(plan.num_lanes, step * global_batch, global_batch, rank, num_ranks) for step in range(steps))
+    lanes = sorted({lane for step in times for lane, _, _ in step})
+    groups = num_bytes = 0.0
+    for source, order in zip(plan.sources, plan.mixture.orders, strict=True):
+        units, passes = _units(order, lanes), _passes(plan, source)
+        groups += passes * len(units)
+        num_bytes += passes * int(source.catalog.units["bytes"].to_numpy()[units].sum())
+    return {
+        "rank": rank,
+        "rows": _rows(plan.num_rows, global_batch, rank, num_ranks),
+        "row_groups": round(groups),
+        "bytes": round(num_bytes),
+    }
+
+
+def _units(order: Order, lanes: list[int]) -> Any:
+    """Those that lanes read in the first epoch: (units,)."""
+    found = [order.lane(0, lane).spans[:, 0] for lane in lanes]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
+def _rows(num_rows: int, global_batch: int, rank: int, num_ranks: int) -> int:
+    """Of whole batches and the last short one, a rank's slices."""
+
+    def part(size: int) -> int:
+        return (rank + 1) * size // num_ranks - rank * size // num_ranks
+
+    return num_rows // global_batch * part(global_batch) + part(num_rows % global_batch)
 
 
 def memory_estimate(spec: JobSpec, parameters: int, num_ranks: int) -> dict[str, Any]:
@@ -142,6 +177,12 @@ def print_plan(found: Mapping[str, Any]) -> None:
         highlight=False,
         markup=False,
     )
+    if len(data["sources"]) > 1:
+        table = Table("dataset", "weight", "rows", "row groups", "passes an epoch")
+        for source in data["sources"]:
+            numbers = (f"{source['rows']:,}", f"{source['row_groups']:,}", f"{source['passes']:.2f}")
+            table.add_row(source["name"], str(source["weight"]), *numbers)
+        console.print(table)
     table = Table("worker", "rows", "row groups", "MiB")
     for worker in data["workers"]:
         cells = (f"{worker['rows']:,}", f"{worker['row_groups']:,}", f"{worker['bytes'] / _MIB:,.2f}")

@@ -1,6 +1,6 @@
 """The record of a run: journals, ledger, metrics and state.json, fed by the driver.
 
-record = Record(spec, run, hub, view, now)
+record = Record(spec, plan, run, hub, view, now)
 record.step(report); record.event(event); record.beat(lifecycle_state)
 record.summary("finished")
 """
@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from dltrain.data.identity import BatchSum
+from dltrain.data.plan import Plan
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_json, write_json
@@ -43,8 +44,8 @@ class Record:
         launched: monotonic seconds at which the user's command began.
     """
 
-    def __init__(self, spec: JobSpec, run: RunDir, hub: Hub, view: View, launched: float) -> None:
-        self._spec, self._run, self._hub, self._view = spec, run, hub, view
+    def __init__(self, spec: JobSpec, plan: Plan, run: RunDir, hub: Hub, view: View, launched: float) -> None:
+        self._spec, self._plan, self._run, self._hub, self._view = spec, plan, run, hub, view
         self.name = spec.name
         before = read_json(run.store, "ledger.json") or {}
         seconds = dict(before.get("seconds", {}))
@@ -97,6 +98,7 @@ class Record:
         if report.attempt != self._attempt or report.step <= self.committed_step or report.rank in reports:
             return
         self._hub.on_step(report)
+        self._count_data(report.data)
         self._latest = max(self._latest, report.step)
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._launched
@@ -154,14 +156,25 @@ class Record:
     def _quarantine(self, reports: Sequence[StepReport]) -> None:
         for report in reports:
             for source, epoch, row, reason in report.replaced:
-                self._replaced.add(
-                    {"step": report.step, "source": source, "epoch": epoch, "row": row, "reason": reason}
-                )
+                # The ids of a step's rows go on from one dataset to the next.
+                within = row - sum(s.catalog.num_rows for s in self._plan.sources[:source])
+                where = {"source": self._plan.names[source], "epoch": epoch, "row": within}
+                self._replaced.add({"step": report.step, **where, "reason": reason})
+
+    def dropped(self, consumed: int, size: int) -> None:
+        """Which rows `data.end: drop` left out, `size` of them from a position on."""
+        for source, epoch, ids in self._plan.rows(consumed, size):
+            self.note("dropped", source=self._plan.names[source], epoch=epoch, rows=ids.tolist())
 
     @property
     def num_replaced(self) -> int:
         """Rows, in the steps that the weights rest on, that another row was trained in the place of."""
         return sum(self.trail.replaced.values())
+
+    def _count_data(self, counted: Mapping[str, float]) -> None:
+        self._hub.on_data(counted)
+        for name, number in counted.items():
+            self.counters[f"data_{name}"] = self.counters.get(f"data_{name}", 0) + number
 
     def _count(self, report: StepReport) -> None:
         added = {
@@ -175,6 +188,7 @@ class Record:
 
     def evaluated(self, report: EvalReport, now: float) -> None:
         """An evaluation; every rank has the same figures, rank 0's are taken."""
+        self._count_data(report.data)
         if report.rank == 0:
             self.metrics, self.evaluated_step = dict(report.metrics), report.step
             self.ledger.part("eval", report.seconds, now)

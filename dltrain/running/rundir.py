@@ -4,7 +4,7 @@ run = RunDir.of(spec)
 run.check_same(spec); run.claim_attempt(); run.store.read("state.json")
 find_run("image-cnn")                 # by name under $DLTRAIN_RUNS or ./runs, or by URL
 
-spec.yaml  plan.arrow  plan.json  state.json  ledger.json  events.jsonl  steps.jsonl
+spec.yaml  plan.arrow  footers/  state.json  ledger.json  events.jsonl  steps.jsonl
 quarantine.jsonl  checkpoints/  logs/
 """
 
@@ -12,47 +12,21 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from dltrain.data.catalog import Catalog, read_catalog
-from dltrain.data.identity import plan_id
-from dltrain.data.mixture import Mixture
-from dltrain.data.order import Order, choose_lanes
+from dltrain.data.plan import Plan, read_plan, save_footers
 from dltrain.errors import RunChangedError, UserError
-from dltrain.observing.journal import is_local, read_json, write_json
+from dltrain.observing.journal import is_local, read_json
 from dltrain.spec import JobSpec
 from dltrain.store import Store, open_store
 
-__all__ = ["Plan", "RunDir", "find_run", "list_runs", "make_plan", "runs_url"]
+__all__ = ["RunDir", "find_run", "list_runs", "make_plan", "runs_url"]
 
 # A reader takes a run for dead when its heartbeat is older than this.
 STALE_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run reads and in which order; stored when the run starts, never changed after."""
-
-    train: Catalog
-    eval: Catalog | None
-    num_lanes: int
-    window_units: int
-    plan_id: str
-
-    @classmethod
-    def of(cls, spec: JobSpec, train: Catalog, evaluation: Catalog | None) -> Plan:
-        """Chooses the lanes and the window, unless the spec says."""
-        lanes, window = choose_lanes(train.num_units, spec.batch.global_)
-        lanes, window = spec.data.lanes or lanes, spec.data.window or window
-        return cls(train, evaluation, lanes, window, plan_id([train.digest], lanes, window, spec.data.seed))
-
-    def mixture(self, spec: JobSpec) -> Mixture:
-        """The order of the training samples."""
-        rows = self.train.unit_rows.tolist()
-        return Mixture([Order(rows, self.num_lanes, self.window_units, spec.data.seed)], [1])
 
 
 class RunDir:
@@ -99,19 +73,15 @@ class RunDir:
             raise RunChangedError(self._refusal(changed))
         return _differences(before.to_dict(), spec.to_dict())
 
-    def check_plan(self, plan: Plan) -> None:
-        """Raises RunChangedError when the dataset's files are not those of the stored plan."""
-        stored = self.load_plan()
-        if stored and stored.train.digest != plan.train.digest:
-            old, new = stored.train, plan.train
-            raise RunChangedError(
-                self._refusal(
-                    [
-                        f"  {new.url}: {old.num_rows:,} rows in {len(old.files)} files when the run began, "
-                        f"{new.num_rows:,} rows in {len(new.files)} files now (or the same number of other ones)"
-                    ]
-                )
-            )
+    def check_data(self, plan: Plan) -> None:
+        """Raises RunChangedError when the datasets' files are not those of the stored plan; they are only listed."""
+        changed = [
+            f"  {old.url}: {len(old.files)} files of {sum(f.size for f in old.files):,} bytes when the run began, "
+            f"{len(now)} of {sum(f.size for f in now):,} bytes now (or as many other ones)"
+            for old, now in plan.files_now()
+        ]
+        if changed:
+            raise RunChangedError(self._refusal(changed))
 
     def _refusal(self, lines: list[str]) -> str:
         return "\n".join(
@@ -133,21 +103,16 @@ class RunDir:
         self.store.write("spec.yaml", spec.to_yaml().encode())
 
     def save_plan(self, plan: Plan) -> None:
-        """plan.arrow, eval.arrow and plan.json."""
-        self.store.write("plan.arrow", plan.train.to_bytes())
-        if plan.eval:
-            self.store.write("eval.arrow", plan.eval.to_bytes())
-        numbers = {"plan_id": plan.plan_id, "num_lanes": plan.num_lanes, "window_units": plan.window_units}
-        write_json(self.store, "plan.json", numbers)
+        """footers/ and plan.arrow, in this order: where there is a plan there are its footers."""
+        save_footers(self.store, plan)
+        self.store.write("plan.arrow", plan.to_bytes())
 
     def load_plan(self) -> Plan | None:
         """The stored plan, or None before the first start."""
-        numbers = read_json(self.store, "plan.json")
-        if numbers is None:
+        try:
+            return Plan.from_bytes(self.store.read("plan.arrow"))
+        except FileNotFoundError:
             return None
-        train = Catalog.from_bytes(self.store.read("plan.arrow"))
-        evaluation = Catalog.from_bytes(self.store.read("eval.arrow")) if self.store.exists("eval.arrow") else None
-        return Plan(train, evaluation, numbers["num_lanes"], numbers["window_units"], numbers["plan_id"])
 
     def claim_attempt(self) -> int:
         """The next attempt number, which no other process gets."""
@@ -184,22 +149,23 @@ class RunDir:
         return state
 
 
-def make_plan(spec: JobSpec, run: RunDir) -> tuple[Plan, list[str]]:
-    """Reads the catalogs and compares them with the run's stored plan, which wins for lanes and window.
+def make_plan(spec: JobSpec, run: RunDir, tell: Callable[[str], None]) -> tuple[Plan, list[str], bool]:
+    """The run's stored plan where it has one, when the data are still those that it was made of; else a new one.
 
-    Returns the plan and the settings that changed since the run was last started.
+    Returns the plan, the settings that changed since the run was last started, and whether the plan is new.
+
+    Args:
+        tell: gets a sentence now and then while a filter reads rows.
 
     Raises:
         UserError: faults of the data, or a run directory of something else.
     """
     changes = run.check_same(spec)
-    columns = spec.data.columns
-    train = read_catalog(spec.data.train, columns, "data.train")
-    evaluation = read_catalog(spec.data.eval, columns, "data.eval") if spec.data.eval else None
-    plan = Plan.of(spec, train, evaluation)
-    run.check_plan(plan)
     stored = run.load_plan()
-    return stored or plan, changes
+    if stored:
+        run.check_data(stored)
+        return stored, changes, False
+    return read_plan(spec.data, spec.batch.global_, tell), changes, True
 
 
 def runs_url() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,9 +25,8 @@ from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.slots import SlotStore
 from dltrain.checkpoint.snapshot import Snapshots, load
 from dltrain.data.batch import Batch, Sum
-from dltrain.data.catalog import Catalog, check_columns
-from dltrain.data.mixture import Mixture
-from dltrain.data.order import Order, key
+from dltrain.data.catalog import Catalog
+from dltrain.data.order import key
 from dltrain.data.pool import CollatePool
 from dltrain.data.reader import UnitReader
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream
@@ -36,6 +35,7 @@ from dltrain.observing.reports import (
     Anchor,
     Done,
     EvalReport,
+    Note,
     Ready,
     Report,
     SaveFailed,
@@ -46,6 +46,7 @@ from dltrain.observing.reports import (
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
+from dltrain.training.inputs import Inputs
 from dltrain.training.plan import BatchPlan, RankJob
 from dltrain.training.task import Task, load_collate
 
@@ -89,6 +90,7 @@ class Loop:
         self._saved_step = job.step if job.resume and not job.memory else -1
         self._evaluated_step = job.step if job.evaluated else -1
         self._rollbacks: Counter[int] = Counter()
+        self._notes: deque[str] = deque()
         # seconds spent since the last report on something that is not a step
         self._mark = time.perf_counter()
 
@@ -118,12 +120,15 @@ class Loop:
                 yield from self._save(must=True)
             yield Done(self._job.rank, self.step, why)
         finally:
+            # The readers first: who waits for one is told, and need not be waited for.
+            self._inputs.close()
             self._stream.close()
-            self._reader.close()
             if self._pool:
                 self._pool.close()
 
     def _between_steps(self) -> Iterator[Report]:
+        while self._notes:
+            yield Note(self._job.rank, self._notes.popleft())
         if self._due(self._job.schedule.eval_every):
             yield from self._evaluate()
         if self._due(self._job.schedule.checkpoint_every):
@@ -136,20 +141,14 @@ class Loop:
 
     def _prepare(self) -> Ready:
         job, seconds, begin = self._job, {}, time.perf_counter()
-        train = Catalog.from_bytes(job.train_catalog)
-        columns = self._columns(train)
-        self._eval = Catalog.from_bytes(job.eval_catalog) if job.eval_catalog else None
-        if self._eval:
-            check_columns(self._eval, columns, job.spec.task)
-            self._eval_reader = UnitReader(self._eval, columns)
+        self._inputs = Inputs(job, self._task.columns, self._notes.append)
+        self._inputs.check_same(self._device)
         batch = BatchPlan.of(self._spec.batch.global_, self._spec.batch.micro, job.num_ranks)
-        order = Order(train.unit_rows.tolist(), job.num_lanes, job.window_units, self._spec.data.seed)
-        self._reader = UnitReader(train, columns)
         processes = self._spec.data.collate_workers
         self._pool = CollatePool(self._make_collate(), processes) if processes else None
         self._stream = TrainStream(
-            Mixture([order], [1]),
-            [self._reader],
+            self._inputs.plan.mixture,
+            self._inputs.readers,
             self._pool or self._task.collate,
             position=self.position,
             end=job.schedule.end,
@@ -185,11 +184,6 @@ class Loop:
 
     def _make_collate(self) -> Callable[[], Any]:
         return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
-
-    def _columns(self, train: Catalog) -> tuple[str, ...]:
-        columns = self._spec.data.columns or self._task.columns or tuple(train.schema.names)
-        check_columns(train, columns, self._spec.task)
-        return columns
 
     def _resume(self) -> None:
         self._engine.step_count = self.step
@@ -264,6 +258,7 @@ class Loop:
             time=time.time(),
             snapshot_every=self._ahead.snapshot_every,
             attempt=self._job.attempt,
+            data=self._inputs.newly_counted(),
         )
 
     def _not_finite(self) -> None:
@@ -301,25 +296,27 @@ class Loop:
     # ---- between steps ----
 
     def _evaluate(self) -> Iterator[Report]:
-        if self._eval is None or self._evaluated_step == self.step:
+        catalog, reader = self._inputs.plan.eval, self._inputs.eval_reader
+        if catalog is None or reader is None or self._evaluated_step == self.step:
             return
         begin = time.perf_counter()
-        metrics = self._metrics(self._eval)
+        metrics = self._metrics(catalog, reader)
         self._evaluated_step = self.step
         is_best = self._is_best(metrics)
         self._mark = time.perf_counter()
-        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin)
+        yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin, self._inputs.newly_counted())
         if is_best:
             yield from self._save(must=True)
 
-    def _metrics(self, catalog: Catalog) -> dict[str, float]:
+    def _metrics(self, catalog: Catalog, reader: UnitReader) -> dict[str, float]:
         job = self._job
         average_buffers(self._engine.module)
         self._engine.eval()
-        rows = min(_EVAL_ROWS, self._spec.batch.micro or _EVAL_ROWS)
+        # A forward pass over no more rows than a training step may have; the same for any number of workers.
+        rows = min(_EVAL_ROWS, self._spec.batch.micro or self._spec.batch.global_)
         chunks = EvalStream(
             catalog.unit_rows,
-            self._eval_reader,
+            reader,
             self._task.collate,
             chunk_rows=rows,
             rank=job.rank,

@@ -88,7 +88,9 @@ class RankJob:
     """The order to one rank of one attempt.
 
     Attributes:
-        train_catalog, eval_catalog: as Arrow IPC bytes (`Catalog.to_bytes`).
+        run: URL of the run directory.
+        plan: what is read in which order (`Plan.to_bytes`); None: it lies in the run directory, being large.
+        plan_id: of the plan that the driver has.
         checkpoints: URL of the run's checkpoints.
         resume: manifest of the checkpoint to start from, with its path under `checkpoints`.
         memory: name of a rank's file -> where to read it, when that checkpoint is one in memory.
@@ -105,11 +107,9 @@ class RankJob:
     step: int
     position: int
     schedule: Schedule
-    num_lanes: int
-    window_units: int
+    run: str
+    plan: bytes | None
     plan_id: str
-    train_catalog: bytes
-    eval_catalog: bytes | None
     checkpoints: str
     resume: Mapping[str, Any] | None = None
     memory: Mapping[str, SlotPlace] | None = None

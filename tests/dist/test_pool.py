@@ -59,6 +59,9 @@ class Units:
     def start(self, unit: int, needed: float) -> None:
         pass
 
+    def forget(self, unit: int) -> None:
+        pass
+
     def read(self, unit: int) -> pa.Table:
         return pa.table({"id": np.arange(STARTS[unit], STARTS[unit + 1])})
 

@@ -97,11 +97,16 @@ rgw thread pool size = 64
 
 @dataclass(frozen=True)
 class Gateway:
-    """A running server and its one user."""
+    """A running server and its one user.
+
+    Attributes:
+        new_keys: makes another access key and its secret, which are that user's too.
+    """
 
     endpoint: str
     access_key: str
     secret_key: str
+    new_keys: Callable[[], tuple[str, str]]
 
     @property
     def env(self) -> dict[str, str]:
@@ -223,9 +228,15 @@ class _Cluster:
         endpoint = f"http://127.0.0.1:{self._port}"
         self._wait("the gateway", lambda: _answers(endpoint))
         user = json.loads(self._run("radosgw-admin", "user", "create", "--uid=dltrain", "--display-name=dltrain"))
-        gateway = Gateway(endpoint, user["keys"][0]["access_key"], user["keys"][0]["secret_key"])
+        gateway = Gateway(endpoint, user["keys"][0]["access_key"], user["keys"][0]["secret_key"], self._new_keys)
         _warm_up(gateway)
         return gateway
+
+    def _new_keys(self) -> tuple[str, str]:
+        pair = (f"key{uuid.uuid4().hex}", uuid.uuid4().hex)
+        keys = [f"--access-key={pair[0]}", f"--secret-key={pair[1]}"]
+        self._run("radosgw-admin", "key", "create", "--uid=dltrain", "--key-type=s3", *keys)
+        return pair
 
     def _run(self, program: str, *arguments: str) -> str:
         command = [program, "-c", str(self._home / "ceph.conf"), *arguments]

@@ -20,6 +20,7 @@ LEVELS = {
     "observing": 3,
     "store": 4,
     "spec": 4,
+    "conditions": 5,
     "errors": 5,
 }
 PURE = (
@@ -27,6 +28,7 @@ PURE = (
     "data/identity.py",
     "data/mixture.py",
     "running/lifecycle.py",
+    "conditions.py",
     "observing/ledger.py",
     "spec.py",
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import fsspec
 import harness
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,7 +67,7 @@ def test_a_large_footer_takes_two_reads(tmp_path: Path) -> None:
 
 def test_bytes_round_trip(data: Path) -> None:
     catalog = read_catalog(str(data), ("y",))
-    again = Catalog.from_bytes(catalog.to_bytes())
+    again = Catalog.from_table(catalog.to_table())
     assert (again.digest, again.files, again.schema) == (catalog.digest, catalog.files, catalog.schema)
     assert again.units.equals(catalog.units)
 
@@ -93,6 +95,27 @@ def test_the_reader_keeps_no_more_than_it_may(data: Path) -> None:
         for unit in range(catalog.num_units):
             assert reader.read(unit).num_rows == catalog.unit_rows[unit]
     assert len(reader._units) == 1
+
+
+def test_what_was_started_and_not_wanted_any_more_is_let_go(data: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.put(str(data), "/forgotten", recursive=True)
+    reader = UnitReader(read_catalog("memory://forgotten"))
+    try:
+        for unit in (0, 0, 1):
+            reader.start(unit, unit)
+        for unit in (0, 1, 1, 2):
+            reader.forget(unit)
+        assert list(reader._started) == [0]
+        assert reader.read(0).num_rows
+        assert not reader._started
+        assert reader._fetcher is not None
+        while reader._fetcher.bytes_in_flight:
+            time.sleep(0.01)
+    finally:
+        reader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        reader.read(3)
 
 
 # ---- bad data ----

@@ -139,3 +139,9 @@ def test_what_no_tensor_can_hold() -> None:
         tensors(pa.record_batch({"n": [1, None]}))
     with pytest.raises(DataError, match=r"'s' is struct"):
         tensors(pa.record_batch({"s": [{"a": 1}]}))
+
+
+@pytest.mark.parametrize("half", [{"cache_dir": "x"}, {"cache_bytes": 10}, {"cache_dir": "x", "cache_bytes": 0}])
+def test_a_cache_needs_a_directory_and_a_limit(data: str, half: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"cache_dir.*cache_bytes"):
+        open_stream(data, global_batch=16, **half)

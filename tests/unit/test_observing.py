@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dltrain.data.asking import REASONS
 from dltrain.errors import UserError
+from dltrain.observing.catalogue import CACHE_OUTCOMES, REQUEST_OUTCOMES, RETRY_REASONS
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_journal, read_json, write_json
 from dltrain.observing.ledger import STATES, Ledger
@@ -50,6 +52,30 @@ def test_every_series_exists_before_anything_happens(hub: Hub) -> None:
         assert found[f"dltrain_{name}"] == 0
     assert found["dltrain_world_size"] == 2
     assert not [name for name in found if "_created" in name]
+
+
+def test_what_readers_count_is_summed_and_goes_on_after_a_restart(hub: Hub) -> None:
+    before = scrape(hub)
+    for outcome in REQUEST_OUTCOMES:
+        assert before[f'dltrain_s3_requests_total{{op="get",outcome="{outcome}"}}'] == 0
+    for reason in RETRY_REASONS:
+        assert before[f'dltrain_data_retries_total{{reason="{reason}"}}'] == 0
+    for outcome in CACHE_OUTCOMES:
+        assert before[f'dltrain_data_cache_requests_total{{outcome="{outcome}"}}'] == 0
+    hub.restore({"data_bytes": 100, "data_retries_server": 2, "data_renewed": 1})
+    hub.on_data({"bytes": 11, "seconds": 0.5, "hedges": 1, "hedges_won": 1})
+    hub.on_data({"bytes": 1, "requests_ok": 3, "cache_hit": 2})
+    found = scrape(hub)
+    assert found["dltrain_s3_read_bytes_total"] == 112
+    assert found["dltrain_s3_read_seconds_total"] == 0.5
+    assert found["dltrain_data_hedges_total"] == 1
+    assert found['dltrain_data_retries_total{reason="server"}'] == 2
+    assert found['dltrain_s3_requests_total{op="get",outcome="ok"}'] == 3
+    assert found['dltrain_data_cache_requests_total{outcome="hit"}'] == 2
+
+
+def test_every_reason_that_the_fetcher_knows_has_a_series() -> None:
+    assert RETRY_REASONS == REASONS
 
 
 def test_steps_are_counted_once_and_phases_by_rank(hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def test_yaml_round_trip() -> None:
     assert JobSpec.model_validate(yaml.safe_load(spec.to_yaml())) == spec
 
 
+def test_a_cache_is_no_part_of_what_a_run_is() -> None:
+    spec = parse_spec(good(data={"train": "s3://bucket/train", "cache": {"dir": "/scratch", "gb": 0.5}}))
+    assert spec.data.cache is not None
+    assert spec.data.cache.gb == 0.5
+    assert spec.identity == parse_spec(GOOD).identity
+    wrong = good(data={"train": "s3://bucket/train", "cache": {"dir": "/scratch", "gb": 0, "max": 3}})
+    assert faults(wrong) == (
+        "data.cache.gb: found 0; input should be greater than 0",
+        "data.cache.max: unknown key; allowed: dir, gb",
+    )
+
+
 def test_five_faults_are_five_lines() -> None:
     raw = good(
         name="a b",
@@ -93,10 +106,36 @@ def test_five_faults_are_five_lines() -> None:
         ({"optim": {"lr": 1e-3, "betas": [0.9, 1.5]}}, "must be >= 0 and < 1"),
         ({"batch": {"global": "many"}}, "batch.global: found 'many'"),
         ({"batch": 3}, "batch: found 3"),
+        ({"data": {}}, "data: found neither train and mix; give exactly one"),
+        ({"data": {"train": "a", "mix": [{"name": "b", "url": "b"}]}}, "data: found both train and mix"),
+        ({"data": {"mix": [{"name": "b", "url": "b"}] * 2}}, "found the name 'b' twice in mix"),
+        ({"data": {"mix": [{"name": "b", "url": "b", "weight": 0.5}]}}, "data.mix.0.weight: found 0.5"),
+        ({"data": {"mix": [{"name": "b", "url": "b", "weigth": 2}]}}, "did you mean 'weight'?"),
+        ({"data": {"train": "a", "pack": {"column": "t", "lenght": 8}}}, "did you mean 'length'?"),
+        ({"data": {"train": "a", "filter": [["x", ">"]]}}, "'>' takes a value"),
+        ({"data": {"train": "a", "filter": [["x", "is null", 1]]}}, "'is null' takes no value"),
+        ({"data": {"train": "a", "filter": [["x", "=", 1]]}}, "found the operator '='; allowed: ==, !="),
+        ({"data": {"train": "a", "filter": [["x", "in", 1]]}}, "it takes a list of values"),
+        ({"data": {"train": "a", "filter": [["x", "<", None]]}}, "it takes one value"),
+        ({"data": {"train": "a", "filter": [3]}}, "data.filter.0: found 3"),
     ],
 )
 def test_each_fault_says_what_was_found(change: dict[str, Any], said: str) -> None:
     assert any(said in fault for fault in faults(good(**change))), faults(good(**change))
+
+
+def test_the_datasets_of_a_mix_and_of_one_alone() -> None:
+    mix = parse_spec(good(data={"mix": [{"name": "web", "url": "w", "weight": 3}, {"name": "books", "url": "b"}]}))
+    assert [(s.name, s.url, s.weight) for s in mix.data.sources] == [("web", "w", 3), ("books", "b", 1)]
+    assert [(s.name, s.url) for s in parse_spec(GOOD).data.sources] == [("train", "s3://bucket/train")]
+    assert JobSpec.model_validate(yaml.safe_load(mix.to_yaml())) == mix
+
+
+def test_a_filter_survives_the_stored_spec() -> None:
+    conditions = [["day", ">=", datetime.date(2024, 1, 2)], ["lang", "in", ["de", "fr"]], ["text", "not null"]]
+    spec = parse_spec(good(data={"train": "a", "filter": conditions}))
+    again = JobSpec.model_validate(yaml.safe_load(spec.to_yaml()))
+    assert again.identity == spec.identity
 
 
 def test_missing_fields_are_named() -> None:

@@ -18,7 +18,7 @@ from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
-from dltrain.errors import BadRowsError, DataError
+from dltrain.errors import BadRowsError, DataChangedError, DataError
 
 ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
 STARTS = np.concatenate([[0], np.cumsum(ROWS)])
@@ -39,6 +39,9 @@ class Units:
         self.read = read
 
     def start(self, unit: int, needed: float) -> None:
+        pass
+
+    def forget(self, unit: int) -> None:
         pass
 
 
@@ -246,6 +249,16 @@ def test_units_that_cannot_be_read_are_replaced_alike_for_any_number_of_ranks(br
     assert sum(len(batch) for batch in batches) == 2 * NUM_ROWS
     for num_ranks in (2, 3, 5):
         assert replaced_ids(num_ranks, read, loose) == (batches, listed)
+
+
+def test_a_file_that_changed_is_never_replaced() -> None:
+    def read(unit: int) -> pa.Table:
+        if unit == 2:
+            raise DataChangedError("part-0 has changed")
+        return read_unit(unit)
+
+    with pytest.raises(DataChangedError, match=r"^part-0 has changed$"):
+        replaced_ids(1, read, loose)
 
 
 def test_rows_that_collate_refuses_are_replaced_alike_for_any_number_of_ranks() -> None:
