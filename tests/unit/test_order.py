@@ -297,6 +297,15 @@ def test_golden_vector() -> None:
     assert digest == "8bda63a8638f1ab8c44ca306e3d4a222ee2c07444a28342444e919c3fe41e16e"
 
 
+def test_golden_vector_of_a_million_rows() -> None:
+    """The first million row ids of a fixed order, over the end of its first epoch."""
+    order = Order([4096, 1, 8191, 12_345, 777] * 30, num_lanes=64, window_units=4, seed=2024)
+    assert order.num_rows < 10**6
+    ids = order.batch(0, 10**6)
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    assert digest == "ba9a751595657149d9cabab8d3fe1b83ac73a2c6b69ee9e7987e44c67cddb45d"
+
+
 @pytest.mark.parametrize(
     ("units", "batch", "lanes"), [(1, 64, 1), (3, 64, 1), (8, 64, 2), (600, 96, 96), (100_000, 1024, 512), (40, 7, 7)]
 )

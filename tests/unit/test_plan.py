@@ -66,6 +66,11 @@ def test_the_id_names_all_that_the_order_is_made_from(change: dict[str, Any]) ->
     assert plan().plan_id == plan().plan_id
 
 
+def test_golden_id() -> None:
+    """If this changes, no stored plan can be read any more: raise the plan version as well."""
+    assert plan().plan_id == "bca4ef0729a39cbc"
+
+
 def test_a_stored_plan_that_is_not_one() -> None:
     raw = plan().to_bytes()
     with pytest.raises(StoreError, match="can't be read"):
