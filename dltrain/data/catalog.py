@@ -239,14 +239,13 @@ def read_catalog(
         fs, path = filesystem(url)
         files = list_files(fs, path, url, field)
         partitions = partition_schema([below(f.path, path) for f in files], url, field)
-        first = parse_footer(read_tail(fs, files[0]), files[0]).schema.to_arrow_schema().remove_metadata()
-        partitions = pa.schema([f for f in partitions if f.name not in first.names])
-        schema = pa.schema([*first, *partitions])
-        conditions = parse_filter(filter, schema, url)
-        _check_there(columns, schema, url, field)
+        # The first file's types decide what a filter's values are.
+        conditions = _conditions(fs, files[0], partitions, filter, url) if filter else ()
         asked = _Asked(set(columns) if columns is not None else None, counted, conditions, partitions)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             facts = list(pool.map(lambda f: _read_facts(fs, f, asked), files))
+    schema, partitions = _whole_schema(facts[0].schema, partitions)
+    _check_there(columns, schema, url, field)
     used = None if columns is None else [*columns, *(c.column for c in conditions)]
     _check_same(files, facts, used, url, field)
     units = _units(facts, counted is not None, bool(conditions))
@@ -255,6 +254,18 @@ def read_catalog(
     located, footers = _lay_out(files, facts)
     text = json.dumps(filter, default=str) if filter else ""
     return Catalog(url, located, schema, units, partitions, text, footers=footers)
+
+
+def _whole_schema(in_files: pa.Schema, partitions: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
+    """Of a dataset's rows, and of the columns that its paths alone have: those in the files win."""
+    only = pa.schema([f for f in partitions if f.name not in in_files.names])
+    return pa.schema([*in_files, *only]), only
+
+
+def _conditions(
+    fs: Any, file: DataFile, partitions: pa.Schema, filter: Sequence[Sequence[Any]], url: str
+) -> tuple[Condition, ...]:
+    return parse_filter(filter, _whole_schema(read_footer(fs, file).schema.to_arrow_schema(), partitions)[0], url)
 
 
 def _read_facts(fs: Any, file: DataFile, asked: _Asked) -> _Facts:
@@ -277,7 +288,9 @@ def _line(
     num_values = sum(_num_values(c) for name, c in chunks if name[0] == asked.counted)
     compared = {c.column for c in asked.conditions}
     bounds = {name[0]: _bounds(c) for name, c in chunks if len(name) == 1 and name[0] in compared}
-    for name, value in values.items():
+    # A column of the file wins over the path's.
+    for name in values.keys() - {name[0] for name in names}:
+        value = values[name]
         bounds[name] = Bounds(value, value, 0 if value is not None else meta.num_rows, meta.num_rows)
     return group, meta.num_rows, num_bytes, num_values, _open_conditions(asked.conditions, bounds)
 

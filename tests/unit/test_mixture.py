@@ -103,4 +103,7 @@ def test_golden_vector() -> None:
     """If this changes, every stored plan's order changes: raise the plan version instead."""
     mixture = Mixture([Order([97, 1, 300, 64] * 9, 12, 3, seed=42), Order([65, 63, 2] * 4, 12, 1, seed=7)], [5, 2])
     found = np.array(rows(mixture, 100, 20_000), "<i8")
-    assert hashlib.sha256(found.tobytes()).hexdigest() == "d8c6027026271791c0ca62236ee76f11733428ba43b684c05f0813b042ad809e"
+    assert (
+        hashlib.sha256(found.tobytes()).hexdigest()
+        == "d8c6027026271791c0ca62236ee76f11733428ba43b684c05f0813b042ad809e"
+    )
