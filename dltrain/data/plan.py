@@ -252,7 +252,15 @@ def open_footers(store: Store, plan: Plan) -> Sequence[Footers]:
 def _open_footers(store: Store, index: int, catalog: Catalog) -> Footers:
     last = catalog.files[-1]
     size = last.footer_at + last.footer_bytes
-    return Footers(lambda start, end: store.read(_footers_name(index), start, end), size)
+
+    def read(start: int, end: int) -> bytes:
+        try:
+            return store.read(_footers_name(index), start, end)
+        except FileNotFoundError:
+            where = store.path(_footers_name(index))
+            raise StoreError(f"{where} is gone, which the plan needs; restore it, or set another `name`") from None
+
+    return Footers(read, size)
 
 
 def _footers_name(index: int) -> str:

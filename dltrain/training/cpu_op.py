@@ -21,8 +21,13 @@ _NAME = "deepspeed_shm_comm"
 def use_own_cache() -> None:
     """Keeps the op beside the packages it was compiled against, unless TORCH_EXTENSIONS_DIR says where.
 
-    torch's own cache is one for all environments of a user: two of them would compile it again at every turn.
+    torch's own cache is one for all environments of a user: two of them would compile it again at every turn. So
+    would two versions of ninja, of which the one beside the packages is taken.
     """
+    programs = os.path.join(sys.prefix, "bin")
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = os.pathsep.join([programs, path])
     place = os.path.join(sys.prefix, "torch_extensions")
     if os.path.isdir(place) or os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", place)

@@ -173,6 +173,15 @@ def test_a_damaged_footer_is_no_crash() -> None:
         Footers.held(b"\x10\0\0\0" + b"\xff" * 16)(file)
 
 
+def test_footers_that_are_gone(tmp_path: Path) -> None:
+    harness.write_data(tmp_path / "train")
+    made = read_plan(DataSpec(train=str(tmp_path / "train")), 16, print)
+    reader = UnitReader(made.catalogs[0], footers=open_footers(open_store(tmp_path / "run"), made)[0])
+    with pytest.raises(StoreError, match=r"run/footers/0.bin is gone, which the plan needs"):
+        reader.read(0)
+    reader.close()
+
+
 def test_on_resume_files_are_only_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.write_data(tmp_path / "train")
     made = read_plan(DataSpec(train=str(tmp_path / "train")), 16, print)
