@@ -73,7 +73,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 def planning(num_units: int, num_files: int) -> dict[str, Any]:
     """Seconds and memory of making a plan, storing it, and beginning to use it."""
     catalog = make_catalog(num_units, num_files)
-    before = resident_mb()
+    before, cpu = resident_mb(), time.process_time()
     seconds: dict[str, float] = {}
     seconds["make"], plan = timed(lambda: make_plan({"train": (catalog, 1)}, None, 4096, seed=1))
     seconds["id"], plan_id = timed(lambda: plan.plan_id)
@@ -89,6 +89,7 @@ def planning(num_units: int, num_files: int) -> dict[str, Any]:
         "files": num_files,
         "lanes": plan.num_lanes,
         "seconds": round(sum(seconds.values()), 4),
+        "cpu_seconds": round(time.process_time() - cpu, 4),
         "seconds_by_part": {name: round(value, 4) for name, value in seconds.items()},
         "stored_mb": round(len(raw) / 1e6, 2),
         "memory_mb": round(resident_mb() - before, 1),
@@ -198,7 +199,9 @@ def versions() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     packages = {name: version(name) for name in ("dltrain", "numpy", "pyarrow")}
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+    # Of a machine that others use too, seconds on the clock say less than those of the processor.
+    load = round(os.getloadavg()[0], 1)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Any:
