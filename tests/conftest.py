@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("dltrain", deadline=None)
+settings.load_profile("dltrain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dltrain.data.files import DataFile, below, list_files
+from dltrain.data.files import DataFile, Files, below, list_files
 from dltrain.data.filters import Bounds, Condition, parse_filter
 from dltrain.data.footers import compress, parse_footer, read_footer, read_tail
 from dltrain.data.packing import Pack, pack
@@ -36,10 +36,6 @@ __all__ = ["Catalog", "DataFile", "check_columns", "list_files", "read_catalog",
 _FOOTER_THREADS = 16
 _NO_COLUMNS = pa.schema([])
 # A list per dataset, since a plan has a line for each.
-_FILE = pa.struct(
-    [("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())]
-    + [(name, pa.int64()) for name in ("footer_at", "footer_bytes")]
-)
 _UNIT = pa.struct([(name, pa.int64()) for name in ("file", "row_group", "rows", "bytes")] + [("kept", pa.binary())])
 
 
@@ -59,13 +55,16 @@ class Catalog:
     """
 
     url: str
-    files: tuple[DataFile, ...]
+    files: Sequence[DataFile]
     schema: pa.Schema
     units: pa.Table
     partitions: pa.Schema = _NO_COLUMNS
     filter: str = ""
     pack: Pack | None = None
     footers: bytes = field(default=b"", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", Files.of(self.files))
 
     @cached_property
     def unit_rows(self) -> npt.NDArray[np.int64]:
@@ -130,16 +129,13 @@ class Catalog:
         return digest.hexdigest()[:16]
 
     def _identity(self) -> Iterator[bytes]:
-        yield "\n".join(f.path for f in self.files).encode()
-        yield "\n".join(f.etag for f in self.files).encode()
-        yield np.array([f.size for f in self.files], "<i8").tobytes()
+        yield from Files.of(self.files).identity()
         for name in ("file", "row_group", "rows"):
             yield self.units[name].to_numpy().astype("<i8").tobytes()
         yield json.dumps([self.schema.names, self.partitions.names, self.filter, self.pack]).encode()
 
     def to_table(self) -> pa.Table:
         """As one line of a table; several catalogs' may be laid one after the other."""
-        lines = [pa.array([getattr(f, field.name) for f in self.files], field.type) for field in _FILE]
         columns = [
             self.units[f.name].combine_chunks().cast(f.type)
             if f.name in self.units.column_names
@@ -153,7 +149,7 @@ class Catalog:
                 "partitions": pa.array([self.partitions.serialize().to_pybytes()], pa.binary()),
                 "filter": [self.filter],
                 "pack": [json.dumps(self.pack)],
-                "files": _one_list(pa.StructArray.from_arrays(lines, fields=list(_FILE))),
+                "files": _one_list(Files.of(self.files).columns),
                 "units": _one_list(pa.StructArray.from_arrays(columns, fields=list(_UNIT))),
             }
         )
@@ -163,14 +159,13 @@ class Catalog:
         """The inverse of `to_table`, of one line."""
         line = {name: table[name][0] for name in table.column_names}
         schema, partitions = (pa.ipc.read_schema(pa.BufferReader(line[n].as_py())) for n in ("schema", "partitions"))
-        files = (column.to_pylist() for column in line["files"].values.flatten())
         units = pa.Table.from_struct_array(line["units"].values)
         if units["kept"].null_count == units.num_rows:
             units = units.drop_columns("kept")
         packed = json.loads(line["pack"].as_py())
         return cls(
             line["url"].as_py(),
-            tuple(DataFile(*file) for file in zip(*files, strict=True)),
+            Files(line["files"].values),
             schema,
             units,
             partitions,
@@ -242,16 +237,15 @@ def read_catalog(
     """
     with explain(url):
         fs, path = filesystem(url)
-        files = list_files(url, field)
+        files = list_files(fs, path, url, field)
         partitions = partition_schema([below(f.path, path) for f in files], url, field)
-        first = parse_footer(read_tail(fs, files[0]), files[0]).schema.to_arrow_schema().remove_metadata()
-        partitions = pa.schema([f for f in partitions if f.name not in first.names])
-        schema = pa.schema([*first, *partitions])
-        conditions = parse_filter(filter, schema, url)
-        _check_there(columns, schema, url, field)
+        # The first file's types decide what a filter's values are.
+        conditions = _conditions(fs, files[0], partitions, filter, url) if filter else ()
         asked = _Asked(set(columns) if columns is not None else None, counted, conditions, partitions)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             facts = list(pool.map(lambda f: _read_facts(fs, f, asked), files))
+    schema, partitions = _whole_schema(facts[0].schema, partitions)
+    _check_there(columns, schema, url, field)
     used = None if columns is None else [*columns, *(c.column for c in conditions)]
     _check_same(files, facts, used, url, field)
     units = _units(facts, counted is not None, bool(conditions))
@@ -260,6 +254,18 @@ def read_catalog(
     located, footers = _lay_out(files, facts)
     text = json.dumps(filter, default=str) if filter else ""
     return Catalog(url, located, schema, units, partitions, text, footers=footers)
+
+
+def _whole_schema(in_files: pa.Schema, partitions: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
+    """Of a dataset's rows, and of the columns that its paths alone have: those in the files win."""
+    only = pa.schema([f for f in partitions if f.name not in in_files.names])
+    return pa.schema([*in_files, *only]), only
+
+
+def _conditions(
+    fs: Any, file: DataFile, partitions: pa.Schema, filter: Sequence[Sequence[Any]], url: str
+) -> tuple[Condition, ...]:
+    return parse_filter(filter, _whole_schema(read_footer(fs, file).schema.to_arrow_schema(), partitions)[0], url)
 
 
 def _read_facts(fs: Any, file: DataFile, asked: _Asked) -> _Facts:
@@ -282,7 +288,9 @@ def _line(
     num_values = sum(_num_values(c) for name, c in chunks if name[0] == asked.counted)
     compared = {c.column for c in asked.conditions}
     bounds = {name[0]: _bounds(c) for name, c in chunks if len(name) == 1 and name[0] in compared}
-    for name, value in values.items():
+    # A column of the file wins over the path's.
+    for name in values.keys() - {name[0] for name in names}:
+        value = values[name]
         bounds[name] = Bounds(value, value, 0 if value is not None else meta.num_rows, meta.num_rows)
     return group, meta.num_rows, num_bytes, num_values, _open_conditions(asked.conditions, bounds)
 

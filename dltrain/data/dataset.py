@@ -99,7 +99,7 @@ def _filtered(catalog: Catalog, filter: Filter, counted: str | None, field: str,
     progress.done(catalog.num_units, len(open_units), int(rows.sum()), total)
     if not rows.any():
         shown = json.dumps([list(item) for item in filter], default=str)
-        raise DataError(f"{field}: no row of {catalog.url} meets data.filter {shown}; there is nothing to train on")
+        raise DataError(f"{field}: no row of {catalog.url} meets data.filter {shown}; nothing is left to read")
     found = {"file": units["file"], "row_group": units["row_group"], "rows": rows, "bytes": units["bytes"]}
     found |= {"values": values} if counted else {}
     found["kept"] = pa.array(bits, pa.binary())

@@ -5,7 +5,7 @@ sum((sum_ids(seed, epochs, ids) for each rank), BatchSum()).batch_id
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,10 +43,16 @@ class BatchSum:
         return cls(hashes.shape[1], first, second)
 
     @classmethod
-    def between(cls, running: U64, lo: int, hi: int) -> BatchSum:
-        """Of columns [lo, hi), given `running_sums` of all."""
-        first, second = (int(row[hi]) - int(row[lo]) & _MASK for row in running)
-        return cls(hi - lo, first, second)
+    def between(cls, pieces: Iterable[tuple[U64, int, int]]) -> BatchSum:
+        """Of columns [lo, hi) of each (`running_sums` of a window, lo, hi)."""
+        count = first = second = 0
+        # On the path of every step, with a piece for each lane: plain numbers, taken one by one.
+        for running, lo, hi in pieces:
+            item, width = running.item, running.shape[1]
+            count += hi - lo
+            first += item(hi) - item(lo)
+            second += item(width + hi) - item(width + lo)
+        return cls(count, first & _MASK, second & _MASK)
 
     @property
     def batch_id(self) -> str:

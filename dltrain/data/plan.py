@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from dltrain.data.catalog import Catalog, check_columns
 from dltrain.data.dataset import read_dataset
-from dltrain.data.files import DataFile, list_files
+from dltrain.data.files import DataFile, Files, list_files
 from dltrain.data.footers import Footers
 from dltrain.data.identity import plan_id
 from dltrain.data.mixture import Mixture
@@ -27,7 +27,7 @@ from dltrain.data.order import I64, Order, choose_lanes, key
 from dltrain.data.packing import Pack
 from dltrain.errors import DataError, StoreError
 from dltrain.spec import DataSpec
-from dltrain.store import Store
+from dltrain.store import Store, explain, filesystem
 
 __all__ = ["Plan", "Source", "check_plan", "make_plan", "open_footers", "read_plan", "save_footers"]
 
@@ -115,8 +115,9 @@ class Plan:
     def files_now(self) -> Iterator[tuple[Catalog, list[DataFile]]]:
         """The catalogs whose files are others today, with those that there are, by listing alone."""
         for catalog in self.catalogs:
-            now = list_files(catalog.url)
-            if [_version(f) for f in now] != [_version(f) for f in catalog.files]:
+            with explain(catalog.url):
+                now = list_files(*filesystem(catalog.url), catalog.url, "data")
+            if not Files.of(catalog.files).same_versions(Files.of(now)):
                 yield catalog, now
 
     # ---- what is stored ----
@@ -165,10 +166,6 @@ class Plan:
         if plan.plan_id != numbers["plan_id"]:
             raise StoreError(f"the stored plan is damaged: it holds {plan.plan_id} under the name {numbers['plan_id']}")
         return plan
-
-
-def _version(file: DataFile) -> tuple[str, int, str]:
-    return file.path, file.size, file.etag
 
 
 def _seed(seed: int, source: int) -> int:
@@ -253,8 +250,17 @@ def open_footers(store: Store, plan: Plan) -> Sequence[Footers]:
 
 
 def _open_footers(store: Store, index: int, catalog: Catalog) -> Footers:
-    size = sum(f.footer_bytes for f in catalog.files)
-    return Footers(lambda start, end: store.read(_footers_name(index), start, end), size)
+    last = catalog.files[-1]
+    size = last.footer_at + last.footer_bytes
+
+    def read(start: int, end: int) -> bytes:
+        try:
+            return store.read(_footers_name(index), start, end)
+        except FileNotFoundError:
+            where = store.path(_footers_name(index))
+            raise StoreError(f"{where} is gone, which the plan needs; restore it, or set another `name`") from None
+
+    return Footers(read, size)
 
 
 def _footers_name(index: int) -> str:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
-from dltrain.data.identity import BatchSum
+from dltrain.data.identity import U64, BatchSum
 from dltrain.data.mixture import Mixture
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.windows import HINT, Units, Window, Windows, gather, one_batch, stand_ins
@@ -282,11 +282,10 @@ class TrainStream:
 
 
 def _sums(mine: _Rows) -> Sums:
-    sums: dict[tuple[int, int], BatchSum] = {}
+    found: dict[tuple[int, int], list[tuple[U64, int, int]]] = {}
     for p in mine.pieces:
-        where = p.source, p.epoch
-        sums[where] = sums.get(where, BatchSum()) + BatchSum.between(p.window.sums, p.lo, p.hi)
-    return sums
+        found.setdefault((p.source, p.epoch), []).append((p.window.sums, p.lo, p.hi))
+    return {where: BatchSum.between(pieces) for where, pieces in found.items()}
 
 
 class EvalStream:

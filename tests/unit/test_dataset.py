@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import harness
 import numpy as np
 import pyarrow as pa
@@ -184,7 +185,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @given(st.lists(conditions(), min_size=1, max_size=3))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_filter_keeps_the_rows_that_meet_it(data: str, filter: list[list[Any]]) -> None:
     expected = [row["id"] for row in ROWS if all(holds(row, *item) for item in filter)]
     if not expected:
@@ -197,7 +198,7 @@ def test_a_filter_keeps_the_rows_that_meet_it(data: str, filter: list[list[Any]]
 
 
 @given(conditions(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_statistics_never_contradict_the_rows(item: list[Any], draw: Any) -> None:
     lo = draw.draw(st.integers(0, 63))
     table = TABLE.slice(lo, draw.draw(st.integers(1, 64 - lo)))
@@ -291,6 +292,17 @@ def test_lists_are_only_missing_or_not(tmp_path: Path) -> None:
     assert read_dataset(str(tmp_path), filter=[["d", "==", "b"]]).num_rows == 1
     with pytest.raises(DataError, match=r"'t' is list<element: int64>, which can't be compared"):
         read_dataset(str(tmp_path), filter=[["t", "==", 1]])
+
+
+def test_filters_and_packing_over_a_store_that_is_not_local(tmp_path: Path) -> None:
+    harness.write_documents(tmp_path / "text")
+    store = fsspec.filesystem("memory")
+    for path in (tmp_path / "text").glob("*.parquet"):
+        store.pipe_file(f"/filtered/lang=de/{path.name}", path.read_bytes())
+    given = {"filter": [["tokens", "not null"], ["lang", "==", "de"]], "pack": Pack("tokens", 16)}
+    far, near = read_dataset("memory://filtered", **given), read_dataset(str(tmp_path / "text"), **given)
+    assert rows_of(far).equals(rows_of(near))
+    store.rm("/filtered", recursive=True)
 
 
 def test_the_filter_is_part_of_what_the_data_are(data: str) -> None:

@@ -97,7 +97,7 @@ RANGES = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(RANGES, st.integers(1, 2000))
 def test_what_was_asked_for_reads_as_the_file_does(ranges: list[tuple[int, int]], part_bytes: int) -> None:
     fetcher = Fetcher(Backend(), 2, part_bytes)

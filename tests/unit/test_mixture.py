@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -83,3 +84,26 @@ def test_what_cannot_be_mixed() -> None:
         Mixture([Order([5], 1, 1), Order([5], 2, 1)], [1, 1])
     with pytest.raises(ValueError, match="one weight"):
         Mixture([Order([5], 1, 1)], [0])
+
+
+def test_resumed_at_every_position_with_other_batches_and_ranks() -> None:
+    mixture = Mixture([Order([5, 1, 4], 3, 2, 1), Order([6, 2], 3, 1, 2)], [3, 2])
+    end = 60
+    whole = [row for p in range(end) for row in rows(mixture, p, 1)]
+    for at in range(end + 1):
+        for size, num_ranks in ((7, 1), (6, 4), (end, 2)):
+            rest: list[tuple[int, int, int]] = []
+            for begin in range(at, end, size):
+                part = min(size, end - begin)
+                rest += [row for rank in range(num_ranks) for row in rows(mixture, begin, part, rank, num_ranks)]
+            assert sorted(rest) == sorted(whole[at:])
+
+
+def test_golden_vector() -> None:
+    """If this changes, every stored plan's order changes: raise the plan version instead."""
+    mixture = Mixture([Order([97, 1, 300, 64] * 9, 12, 3, seed=42), Order([65, 63, 2] * 4, 12, 1, seed=7)], [5, 2])
+    found = np.array(rows(mixture, 100, 20_000), "<i8")
+    assert (
+        hashlib.sha256(found.tobytes()).hexdigest()
+        == "d8c6027026271791c0ca62236ee76f11733428ba43b684c05f0813b042ad809e"
+    )

@@ -106,7 +106,7 @@ def test_mix64_matches_the_published_sequence() -> None:
 
 
 @given(ORDERS, st.integers(1, 60), st.integers(1, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_row_exactly_once_per_epoch(order: Order, size: int, epochs: int) -> None:
     n = order.num_rows
     total = epochs * n
@@ -119,7 +119,7 @@ def test_every_row_exactly_once_per_epoch(order: Order, size: int, epochs: int) 
 
 
 @given(ORDERS, st.integers(1, 60), st.integers(0, 500), st.integers(1, 15))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ranks_join_to_the_same_batch(order: Order, size: int, consumed: int, num_ranks: int) -> None:
     slices = [order.rank_batch(consumed, size, r, num_ranks) for r in range(num_ranks)]
     assert np.array_equal(np.concatenate(slices), order.batch(consumed, size))
@@ -127,7 +127,7 @@ def test_ranks_join_to_the_same_batch(order: Order, size: int, consumed: int, nu
 
 
 @given(ORDERS, st.integers(0, 300), st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_is_what_the_definition_says(order: Order, consumed: int, size: int) -> None:
     assert order.batch(consumed, size).tolist() == reference(order, consumed, size)
 
@@ -145,13 +145,13 @@ def test_corners(order: Order, size: int) -> None:
 
 
 @given(ORDERS, st.lists(st.integers(1, 80), min_size=1, max_size=6), st.integers(1, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_batch_size_may_change_at_any_step(order: Order, sizes: list[int], epochs: int) -> None:
     assert exactly_once(order, run(order, sizes, epochs * order.num_rows, lambda step: 1 + step % 4), epochs)
 
 
 @given(ORDERS, st.lists(st.tuples(st.floats(0, 1), st.integers(1, 70), st.integers(1, 50)), min_size=2, max_size=3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_resumed_twice_and_three_times(order: Order, stops: list[tuple[float, int, int]]) -> None:
     """Each attempt has its own batch size and number of ranks and ends wherever its last committed step did."""
     end, at, ids = 2 * order.num_rows, 0, list[int]()
@@ -185,7 +185,7 @@ def test_at_the_end_there_is_nothing_left() -> None:
 
 
 @given(ORDERS, st.integers(1, 90), st.integers(1, 3), st.floats(0, 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_drop_says_which_rows_it_leaves_out(order: Order, size: int, epochs: int, share: float) -> None:
     end = epochs * order.num_rows
     consumed = int(share * end)
@@ -232,7 +232,7 @@ def units_read(order: Order, epoch: int, size: int, num_ranks: int) -> int:
     st.integers(1, 5),
     st.integers(0, 1),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_units_are_read_no_more_often_than_the_formula_says(
     rows: list[int], lanes: int, per_lane: int, num_ranks: int, window: int, epoch: int
 ) -> None:
@@ -249,7 +249,7 @@ def test_read_amplification() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 2000), st.integers(1, 64))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ranks_are_balanced_at_every_step(size: int, num_ranks: int, lanes: int) -> None:
     order = Order([997] * 64, lanes, 2)
     shares = [sum(s.hi - s.lo for s in order.segments(12345, size, r, num_ranks)) for r in range(num_ranks)]
@@ -295,6 +295,15 @@ def test_golden_vector() -> None:
     ids = order.batch(0, 3 * order.num_rows)
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     assert digest == "8bda63a8638f1ab8c44ca306e3d4a222ee2c07444a28342444e919c3fe41e16e"
+
+
+def test_golden_vector_of_a_million_rows() -> None:
+    """The first million row ids of a fixed order, over the end of its first epoch."""
+    order = Order([4096, 1, 8191, 12_345, 777] * 30, num_lanes=64, window_units=4, seed=2024)
+    assert order.num_rows < 10**6
+    ids = order.batch(0, 10**6)
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    assert digest == "ba9a751595657149d9cabab8d3fe1b83ac73a2c6b69ee9e7987e44c67cddb45d"
 
 
 @pytest.mark.parametrize(

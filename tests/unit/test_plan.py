@@ -66,6 +66,11 @@ def test_the_id_names_all_that_the_order_is_made_from(change: dict[str, Any]) ->
     assert plan().plan_id == plan().plan_id
 
 
+def test_golden_id() -> None:
+    """If this changes, no stored plan can be read any more: raise the plan version as well."""
+    assert plan().plan_id == "bca4ef0729a39cbc"
+
+
 def test_a_stored_plan_that_is_not_one() -> None:
     raw = plan().to_bytes()
     with pytest.raises(StoreError, match="can't be read"):
@@ -166,6 +171,15 @@ def test_a_damaged_footer_is_no_crash() -> None:
     file = DataFile("a.parquet", 10, "", 0, 20)
     with pytest.raises(StoreError, match=r"footer of a.parquet kept with the plan is damaged"):
         Footers.held(b"\x10\0\0\0" + b"\xff" * 16)(file)
+
+
+def test_footers_that_are_gone(tmp_path: Path) -> None:
+    harness.write_data(tmp_path / "train")
+    made = read_plan(DataSpec(train=str(tmp_path / "train")), 16, print)
+    reader = UnitReader(made.catalogs[0], footers=open_footers(open_store(tmp_path / "run"), made)[0])
+    with pytest.raises(StoreError, match=r"run/footers/0.bin is gone, which the plan needs"):
+        reader.read(0)
+    reader.close()
 
 
 def test_on_resume_files_are_only_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
