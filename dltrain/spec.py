@@ -9,17 +9,17 @@ A fault is a line "field: what was found; what is allowed", and a spec with five
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dltrain.conditions import check_condition
 from dltrain.errors import SpecError
+from dltrain.wording import faults_of
 
 __all__ = [
     "BatchSpec",
@@ -40,8 +40,6 @@ __all__ = [
     "parse_spec",
 ]
 
-# Asked for often enough to deserve the word rather than "unknown key".
-_OUT_OF_SCOPE = ("tp", "pp", "sp", "ep")
 _DEEPSPEED_OURS = {
     "train_batch_size": "batch.global",
     "train_micro_batch_size_per_gpu": "batch.micro",
@@ -389,7 +387,7 @@ def parse_spec(raw: Mapping[str, Any], source: str = "spec", faults: Sequence[st
     try:
         spec = JobSpec.model_validate(raw)
     except ValidationError as error:
-        found += _faults(error)
+        found += faults_of(error, JobSpec)
     if found or spec is None:
         raise SpecError(source, found)
     return spec
@@ -417,46 +415,3 @@ def _set(node: Any, keys: list[str], value: Any, dotted: str) -> dict[str, Any]:
         raise ValueError(f"{dotted}: {keys[0]!r} can't be set inside {node!r}")
     head, *rest = keys
     return {**node, head: _set(node.get(head), rest, value, dotted) if rest else value}
-
-
-def _faults(error: ValidationError) -> Iterable[str]:
-    for item in error.errors(include_url=False):
-        # A union's branches come as one error each; the branch's name is not a field of the spec.
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "int")))
-        yield _sentence(where, item)
-
-
-def _sentence(where: str, item: Any) -> str:
-    kind, found, context = item["type"], item.get("input"), item.get("ctx", {})
-    if kind == "missing":
-        return f"{where}: is missing; it must be given"
-    if kind == "extra_forbidden":
-        return f"{where}: {_unknown(where)}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        if message.startswith("batch."):
-            return message
-        return f"{where}: {message}" if isinstance(found, dict) else f"{where}: found {found!r}; {message}"
-    if kind == "literal_error":
-        return f"{where}: found {found!r}; allowed: {context['expected']}"
-    shown = type(found).__name__ if isinstance(found, dict | list) else repr(found)
-    return f"{where}: found {shown}; {message[0].lower()}{message[1:]}"
-
-
-def _unknown(where: str) -> str:
-    *parents, name = where.split(".")
-    if name in _OUT_OF_SCOPE or name.endswith("_parallel"):
-        return "is out of scope for now: workers are data-parallel (ZeRO shards memory, see engine.zero)"
-    known = _fields(parents)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key; {hint}allowed: {', '.join(known)}"
-
-
-def _fields(parents: Sequence[str]) -> list[str]:
-    model: Any = JobSpec
-    for parent in parents:
-        # A number is a place in a list; a field that may be left out is a union with None.
-        kind = model if parent.isdigit() else model.model_fields[parent].annotation
-        model = next((k for k in get_args(kind) if hasattr(k, "model_fields")), kind)
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from dltrain.data.files import DataFile, Files, below, list_files
 from dltrain.data.filters import Bounds, Condition, parse_filter
 from dltrain.data.footers import compress, parse_footer, read_footer, read_tail
+from dltrain.data.lists import DTYPE
 from dltrain.data.packing import Pack, pack
 from dltrain.data.partitions import partition_schema, values_of
 from dltrain.errors import DataError
@@ -115,8 +116,11 @@ class Catalog:
                 column = pa.repeat(pa.scalar(value, self.partitions.field(name).type), table.num_rows)
                 table = table.append_column(name, column)
         names = table.column_names if columns is None else list(columns)
-        # Without what two writers may say differently of the same rows: whether values may be missing, and notes.
-        return pa.table([table[name] for name in names], names)
+        # Without what two writers may say differently of the same rows: whether values may be missing, and notes, but
+        # for the type of packed lists.
+        types = {name: (table.schema.field(name).metadata or {}).get(DTYPE) for name in names}
+        fields = [pa.field(n, table[n].type, metadata={DTYPE: t} if t else None) for n, t in types.items()]
+        return pa.table([table[name] for name in names], pa.schema(fields))
 
     # ---- what is stored ----
 

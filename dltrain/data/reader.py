@@ -222,8 +222,6 @@ def decode_errors(file: DataFile, group: int) -> Iterator[None]:
         raise DataError(f"{file.path}: row group {group} can't be decoded: {error}") from None
 
 
-
-
 def column_ranges(footer: pq.FileMetaData, group: int, columns: list[str] | None) -> list[tuple[int, int]]:
     """Where the bytes of a row group's columns lie."""
     meta = footer.row_group(group)

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from dltrain.data.backends import check_local, open_backend
 from dltrain.data.catalog import Catalog, DataFile, read_footer
-from dltrain.data.fetch import IN_FLIGHT, Fetched, Fetcher, SparseFile
+from dltrain.data.fetch import CONNECTIONS, Fetcher, Request
+from dltrain.data.ranges import Range, SparseFile
 from dltrain.data.reader import column_ranges, decode_errors
 from dltrain.errors import DataError
 from dltrain.store import explain, filesystem
@@ -52,7 +53,7 @@ class _Unit(NamedTuple):
     footer: pq.FileMetaData
     group: int
     bytes: int
-    fetched: Future[Fetched] | None
+    request: Request | None
 
 
 class RowStream:
@@ -67,7 +68,7 @@ class RowStream:
         self._catalog = catalog
         self._fs, self._root = filesystem(catalog.url)
         with explain(catalog.url):
-            backend = open_backend(catalog.url, IN_FLIGHT + 2)
+            backend = open_backend(catalog.url, CONNECTIONS)
         self._fetcher = Fetcher(backend) if backend else None
         self._pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dltrain-footer")
         whole = self._footer(catalog.files[0]).schema.to_arrow_schema()
@@ -108,6 +109,8 @@ class RowStream:
         for unit in self._fetched(units):
             with explain(self._catalog.url), decode_errors(unit.file, unit.group):
                 yield from self._decoded(unit, batch_bytes)
+            if self._fetcher and unit.request:
+                self._fetcher.release(unit.request)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -146,16 +149,16 @@ class RowStream:
             for file, group in some:
                 ranges = column_ranges(footer, group, names)
                 size = sum(end - start for start, end in ranges)
-                fetch = self._fetcher is not None and size <= _WHOLE_BYTES
-                fetched = self._fetcher.fetch(file, ranges, number) if self._fetcher and fetch else None
-                yield _Unit(file, footer, group, size, fetched)
+                whole = self._fetcher is not None and size <= _WHOLE_BYTES
+                request = self._fetcher.fetch(file, _known(ranges), number) if self._fetcher and whole else None
+                yield _Unit(file, footer, group, size, request)
 
     def _source(self, unit: _Unit) -> Any:
         if self._fetcher is None:
             check_local(unit.file)
             return pa.OSFile(unit.file.path)
-        if unit.fetched is not None:
-            return pa.PythonFile(SparseFile(unit.fetched.result()))
+        if unit.request is not None:
+            return pa.PythonFile(SparseFile(self._fetcher.wait(unit.request)))
         return pa.PythonFile(_Stretches(self._fetcher, unit.file))
 
     def _decoded(self, unit: _Unit, batch_bytes: float) -> Iterator[Piece]:
@@ -165,7 +168,7 @@ class RowStream:
         rows = max(1, min(_MOST_ROWS, int(batch_bytes * group.num_rows / max(1, size))))
         # Whole column chunks are in memory already; of others a stretch.
         stretch = max(_LEAST_BUFFER, min(_LARGEST_BUFFER, _BUFFER_BYTES // len(chunks)))
-        buffer = 0 if unit.fetched else stretch
+        buffer = 0 if unit.request else stretch
         reader = pq.ParquetFile(self._source(unit), metadata=unit.footer, buffer_size=buffer, pre_buffer=False)
         for batch in reader.iter_batches(rows, row_groups=[unit.group], columns=self.columns):
             yield Piece(self._alike(batch, unit.file), unit.bytes * batch.num_rows // group.num_rows)
@@ -207,10 +210,17 @@ class _Stretches(io.RawIOBase):
 
     def read(self, size: int = -1) -> Any:
         end = self._file.size if size is None or size < 0 else min(self._at + size, self._file.size)
-        fetched = self._fetcher.fetch(self._file, [(self._at, end)], 0).result()
+        request = self._fetcher.fetch(self._file, _known([(self._at, end)]), 0)
+        fetched = self._fetcher.wait(request)
         self._at = end
         parts = [fetched.parts[start] for start in sorted(fetched.parts)]
+        self._fetcher.release(request)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _known(ranges: list[Range]) -> Callable[[], list[Range]]:
+    """What finds ranges that are known already."""
+    return lambda: ranges
 
 
 def _declared(field: pa.Field) -> str:

@@ -7,12 +7,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dltrain.data.plan import Plan
 from dltrain.observing.hub import Hub
 from dltrain.observing.view import View
 from dltrain.running.group import Group
 from dltrain.running.lifecycle import Lifecycle
 from dltrain.running.record import Record
-from dltrain.running.rundir import Plan
 from dltrain.spec import JobSpec
 from dltrain.training.plan import BatchPlan, Schedule
 
@@ -23,7 +23,7 @@ def announce(
     view: View, spec: JobSpec, url: str, plan: Plan, schedule: Schedule, step: int, changes: Sequence[str]
 ) -> None:
     """Tells the user what is about to be trained, and from where."""
-    rows = f"{plan.train.num_rows:,} rows in {plan.train.num_units} row groups"
+    rows = f"{plan.num_rows:,} rows in {plan.num_units:,} row groups"
     view.say(f"{spec.name}: {rows}, {schedule.total_steps} steps, into {url}")
     view.say(f"global batch: {BatchPlan.of(spec.batch.global_, spec.batch.micro, spec.workers.max)}")
     if schedule.dropped:

@@ -23,7 +23,8 @@ from PIL import Image
 from rgw import Gateway
 
 from dltrain.data import decode, open_stream
-from dltrain.data.catalog import UNFINISHED, read_catalog
+from dltrain.data.catalog import read_catalog
+from dltrain.data.files import UNFINISHED
 from dltrain.data.inspect import inspect_data
 from dltrain.data.rewrite import rewrite
 from dltrain.errors import DataError

@@ -21,6 +21,7 @@ LEVELS = {
     "store": 4,
     "spec": 4,
     "conditions": 5,
+    "wording": 5,
     "errors": 5,
 }
 PURE = (

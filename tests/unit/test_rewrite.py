@@ -25,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dltrain.data import open_stream
-from dltrain.data.catalog import UNFINISHED, read_catalog
+from dltrain.data.catalog import read_catalog
 from dltrain.data.columns import tensors
+from dltrain.data.files import UNFINISHED
 from dltrain.data.rewrite import regroup, rewrite
 from dltrain.data.source import partition
 from dltrain.data.target import new_directory
@@ -152,7 +153,7 @@ def test_partitions_keep_their_directories(tmp_path: Path) -> None:
     assert {str(path.parent) for path in paths} == {"label=10/day=1", "label=10/day=2", "label=2/day=1"}
     assert read(tmp_path / "new")["id"].to_pylist() == read(tmp_path / "raw")["id"].to_pylist()
     write(tmp_path / "raw" / "z.parquet", table, 30)
-    with pytest.raises(DataError, match="others beside them"):
+    with pytest.raises(DataError, match="differ in their partition columns"):
         rewrite(str(tmp_path / "raw"), str(tmp_path / "again"))
     assert not (tmp_path / "again").exists()
 
