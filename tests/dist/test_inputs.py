@@ -35,7 +35,7 @@ def inputs(spec: dict[str, Any], rank: int, num_ranks: int, plan: bytes | None, 
     parsed = parse_spec(spec)
     run, schedule = RunDir.of(parsed), Schedule.of(parsed, 200)
     job = RankJob(parsed, 1, rank, num_ranks, 0, 0, schedule, run.url, plan, plan_id, run.checkpoints.url)
-    return Inputs(job, ("x", "y"))
+    return Inputs(job, ("x", "y"), print)
 
 
 def compare(spec: dict[str, Any], plans: list[bytes | None], plan_id: str) -> str:
