@@ -29,6 +29,8 @@ __all__ = ["UnitReader"]
 # Small, since memory that is used again costs less than fresh one; a dataset of this size is decoded once.
 _KEEP_BYTES = 64 * 1024 * 1024
 _FOOTER_THREADS = 4
+# Of a file at once: a page or so, which stays in the processor's cache until it is decoded.
+_READ_BYTES = 1024 * 1024
 
 
 class UnitReader:
@@ -115,7 +117,7 @@ class UnitReader:
             source = self._source(unit, file, group)
             footer = self._footer(file, group)
             try:
-                table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
+                table = pq.ParquetFile(source, metadata=footer, buffer_size=_READ_BYTES).read_row_group(
                     group, columns=self._columns, use_threads=False
                 )
             except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

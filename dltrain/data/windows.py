@@ -1,7 +1,8 @@
 """Windows of the sample order, loaded in the background and shuffled: what batches are cut from.
 
 windows = Windows(order, reader, end, replace=True)
-window = windows.get(epoch, lane, number); window.rows[lo:hi], window.ids[lo:hi]
+window = windows.get(epoch, lane, number).result()
+gather(window.schema, [window.pick(range(lo, hi))]), window.ids[lo:hi]
 
 A row that can't be read keeps its position: another row of the same window stands in its place, the same one
 for any number of ranks, and `window.bad` says so.
@@ -9,26 +10,27 @@ for any number of ranks, and `window.bad` says so.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dltrain.data.gather import Column, Pick, window_columns
 from dltrain.data.identity import U64, hash_ids, running_sums
-from dltrain.data.order import Order, Segment, Span, key, mix64
+from dltrain.data.order import Order, Span, key, mix64
 from dltrain.errors import DataError
 
-__all__ = ["Units", "Window", "Windows", "gather", "one_batch", "stand_ins"]
+__all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
 
 I64 = npt.NDArray[np.int64]
 _THREADS = 4
-# Smaller rows are shuffled when their window is loaded: picking them one by one takes longer than a second copy.
-_LARGE_ROW_BYTES = 2048
+# Windows decoded before they are needed, where the batches are waited for.
+_AHEAD = 2
 # The purpose of a derived key; the others are in `order` and `identity`.
 _STAND_IN = 11
 HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
@@ -49,40 +51,39 @@ class Window:
     """A window's items: its rows in shuffled order, with running sums of their hashes.
 
     Attributes:
-        chunks: the rows; index: item -> row of the chunks laid end to end, None where they are in order already.
-        sums: (2, rows + 1).
+        columns: their values; schema: of these; ids: (rows,); sums: (2, rows + 1).
         bad: item -> why another row stands in its place.
     """
 
-    chunks: list[pa.RecordBatch]
-    index: I64 | None
+    schema: pa.Schema
+    columns: list[Column]
     ids: I64
     sums: U64
     bad: Mapping[int, str] = field(default_factory=dict)
 
-    def parts(self, lo: int, hi: int) -> list[pa.RecordBatch]:
-        """Items [lo, hi), as slices."""
-        if self.index is None:
-            return [self.chunks[0].slice(lo, hi - lo)]
-        rows = self.index[lo:hi]
-        which = np.searchsorted(self.edges, rows, side="right") - 1
-        places = zip(which.tolist(), (rows - self.edges[which]).tolist(), strict=True)
-        # Row by row: pyarrow's own take lays all chunks end to end first.
-        return [self.chunks[chunk].slice(row, 1) for chunk, row in places]
-
-    @cached_property
-    def edges(self) -> I64:
-        """Row at which each chunk begins."""
-        return np.cumsum([0, *(chunk.num_rows for chunk in self.chunks[:-1])])
+    def pick(self, items: range) -> Pick:
+        """Some of the items, for `gather`."""
+        return self.columns, items
 
 
-def gather(pieces: Sequence[tuple[Window, int, int]]) -> pa.RecordBatch:
-    """Items [lo, hi) of each window, one after the other: the one copy between decoding and a batch."""
-    return pa.concat_batches([part for window, lo, hi in pieces for part in window.parts(lo, hi)])
+@dataclass(order=True)
+class _Slot:
+    """A window that is held: fetched by the units, decoded once there is a future."""
+
+    needed: float
+    lane: int
+    name: tuple[int, int]
+    spans: list[Span] = field(compare=False)
+    future: Future[Window] | None = field(default=None, compare=False)
+    ahead: bool = field(default=False, compare=False)
+    taken: bool = field(default=False, compare=False)
 
 
 class Windows:
     """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before.
+
+    The next ones are fetched at once, for the store is slow and steady. They are decoded late, a few ahead and in
+    the order they are needed: until then the ones before them still hold the memory that they can have.
 
     Args:
         end: position of this order at which the run ends.
@@ -94,41 +95,72 @@ class Windows:
         self._order, self._units, self._end = order, units, end
         self._replace, self._stretch = replace, stretch
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
-        self._held: dict[int, dict[tuple[int, int], Future[Window]]] = {}
+        self._held: dict[int, dict[tuple[int, int], _Slot]] = {}
         self._current: dict[int, tuple[int, int]] = {}
+        self._later: list[_Slot] = []
+        self._num_ahead = 0
 
-    def get(self, epoch: int, lane: int, window: int) -> Window:
-        """The window, waited for if it is still on its way."""
+    def get(self, epoch: int, lane: int, window: int) -> Future[Window]:
+        """The window, on its way."""
         held = self._held.setdefault(lane, {})
-        future = held.get((epoch, window))
-        if future is not None and (epoch, window) == self._current.get(lane):
-            return future.result()
-        self._current[lane] = (epoch, window)
-        for old in [k for k in held if k < (epoch, window)]:
-            held.pop(old).cancel()
-        future = self._start(held, epoch, lane, window)
-        following = self._next(epoch, lane, window)
-        if following:
-            self._start(held, following[0], lane, following[1])
-        return future.result()
+        if (epoch, window) != self._current.get(lane):
+            self._current[lane] = (epoch, window)
+            for old in [k for k in held if k < (epoch, window)]:
+                self._forget(held.pop(old))
+            self.begin(epoch, lane, window)
+            following = self._next(epoch, lane, window)
+            if following:
+                heapq.heappush(self._later, self._slot(following[0], lane, following[1]))
+            self._decode(_AHEAD)
+        slot = held[epoch, window]
+        self._num_ahead -= slot.ahead
+        slot.ahead, slot.taken = False, True
+        assert slot.future is not None
+        return slot.future
 
-    def begin(self, s: Segment) -> None:
-        """Starts loading what the first step needs."""
-        self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
+    def begin(self, epoch: int, lane: int, window: int) -> None:
+        """Starts loading what a step needs."""
+        slot = self._slot(epoch, lane, window)
+        if slot.future is None:
+            self._load_soon(slot)
+
+    def more(self) -> None:
+        """There is time to decode one window more than usual ahead."""
+        self._decode(self._num_ahead + 1)
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, held: dict[tuple[int, int], Future[Window]], epoch: int, lane: int, window: int) -> Future[Window]:
-        future = held.get((epoch, window))
-        if future is None:
+    def _slot(self, epoch: int, lane: int, window: int) -> _Slot:
+        """The window's slot; its units are being fetched."""
+        held = self._held.setdefault(lane, {})
+        slot = held.get((epoch, window))
+        if slot is None:
             spans = self._order.window_spans(epoch, lane, window)
             needed = self._needed_at(epoch, lane, window)
             for span in spans:
                 self._units.start(span.unit, needed)
-            future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window, spans)
-        return future
+            slot = held[epoch, window] = _Slot(needed, lane, (epoch, window), spans)
+        return slot
+
+    def _decode(self, most: int) -> None:
+        """Decodes windows until so many are ahead, what is needed first first."""
+        while self._later and self._num_ahead < most:
+            slot = heapq.heappop(self._later)
+            if slot.future is None and self._held[slot.lane].get(slot.name) is slot:
+                slot.ahead = True
+                self._num_ahead += 1
+                self._load_soon(slot)
+
+    def _load_soon(self, slot: _Slot) -> None:
+        epoch, window = slot.name
+        slot.future = self._pool.submit(self._load, epoch, slot.lane, window, slot.spans)
+
+    def _forget(self, slot: _Slot) -> None:
+        self._num_ahead -= slot.ahead
+        if slot.future and not slot.taken:
+            slot.future.cancel()
 
     def _needed_at(self, epoch: int, lane: int, window: int) -> float:
         """The position of the window's first item: all lanes' windows in the order they are needed."""
@@ -154,10 +186,7 @@ class Windows:
             tables, perm, bad = self._around(spans, tables, reasons, perm, ids)
         table = pa.concat_tables([t for t in tables if t is not None])
         sums = running_sums(hash_ids(self._order.seed, epoch, ids))
-        if table.nbytes > _LARGE_ROW_BYTES * table.num_rows:
-            # Left where they were decoded: each batch gathers its rows, and nothing is copied twice.
-            return Window(table.to_batches(), perm, ids, sums, bad)
-        return Window([one_batch(table).take(pa.array(perm))], None, ids, sums, bad)
+        return Window(table.schema, window_columns(table, perm), ids, sums, bad)
 
     def _read(self, spans: Sequence[Span]) -> tuple[list[pa.Table | None], dict[int, str]]:
         """The spans' rows, None where they can't be decoded, and why not."""
