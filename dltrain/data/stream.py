@@ -224,7 +224,7 @@ class TrainStream:
         yield step
         if self._clock() - begin > _TIME_SECONDS:
             for windows in self._windows:
-                windows.more()
+                windows.advance(more=1)
 
     def _submit(self, pool: ThreadPoolExecutor, at: int) -> Future[StepBatch]:
         try:
@@ -292,6 +292,8 @@ class TrainStream:
         parts = self._mixture.segments(at, size, rank, num_ranks)
         # All are on their way before the first is waited for.
         futures = [self._windows[p.source].get(p.segment.epoch, p.segment.lane, p.segment.window) for p in parts]
+        for windows in self._windows:
+            windows.advance()
         for part, future in zip(parts, futures, strict=True):
             s, window = part.segment, future.result()
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))

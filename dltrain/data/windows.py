@@ -29,8 +29,9 @@ __all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
 
 I64 = npt.NDArray[np.int64]
 _THREADS = 4
-# Windows decoded before they are needed, where the batches are waited for.
-_AHEAD = 2
+# Where batches are waited for: windows decoded before they are needed, and bytes fetched, of the decoded rows.
+_DECODED = 2
+_FETCHED_BYTES = 128 * 1024 * 1024
 # The purpose of a derived key; the others are in `order` and `identity`.
 _STAND_IN = 11
 HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
@@ -68,22 +69,26 @@ class Window:
 
 @dataclass(order=True)
 class _Slot:
-    """A window that is held: fetched by the units, decoded once there is a future."""
+    """A window that is held, from when it is the next one of its lane.
+
+    Attributes:
+        taken: a batch has asked for it, or will not any more.
+    """
 
     needed: float
     lane: int
     name: tuple[int, int]
     spans: list[Span] = field(compare=False)
+    fetched: bool = field(default=False, compare=False)
     future: Future[Window] | None = field(default=None, compare=False)
-    ahead: bool = field(default=False, compare=False)
     taken: bool = field(default=False, compare=False)
 
 
 class Windows:
-    """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before.
+    """Loads windows in a pool; touching one makes the lane's next one known and forgets the ones before.
 
-    The next ones are fetched at once, for the store is slow and steady. They are decoded late, a few ahead and in
-    the order they are needed: until then the ones before them still hold the memory that they can have.
+    What a batch waits for comes first. Next windows are fetched and decoded in the order they are needed. While
+    batches are waited for it is a few, since the ones before them still hold the memory that they can have.
 
     Args:
         end: position of this order at which the run ends.
@@ -97,8 +102,11 @@ class Windows:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
         self._held: dict[int, dict[tuple[int, int], _Slot]] = {}
         self._current: dict[int, tuple[int, int]] = {}
+        # Next windows: a heap of those not fetched yet, and the others.
         self._later: list[_Slot] = []
-        self._num_ahead = 0
+        self._early: list[_Slot] = []
+        # Decoded; not known before a window is.
+        self._row_bytes = 0.0
 
     def get(self, epoch: int, lane: int, window: int) -> Future[Window]:
         """The window, on its way."""
@@ -107,60 +115,62 @@ class Windows:
             self._current[lane] = (epoch, window)
             for old in [k for k in held if k < (epoch, window)]:
                 self._forget(held.pop(old))
-            self.begin(epoch, lane, window)
             following = self._next(epoch, lane, window)
-            if following:
+            if following and following not in held:
                 heapq.heappush(self._later, self._slot(following[0], lane, following[1]))
-            self._decode(_AHEAD)
-        slot = held[epoch, window]
-        self._num_ahead -= slot.ahead
-        slot.ahead, slot.taken = False, True
-        assert slot.future is not None
-        return slot.future
+        slot = self._slot(epoch, lane, window)
+        slot.taken = True
+        return self._load_soon(slot)
 
     def begin(self, epoch: int, lane: int, window: int) -> None:
-        """Starts loading what a step needs."""
-        slot = self._slot(epoch, lane, window)
-        if slot.future is None:
-            self._load_soon(slot)
+        """Starts loading what the first step needs."""
+        self._load_soon(self._slot(epoch, lane, window))
 
-    def more(self) -> None:
-        """There is time to decode one window more than usual ahead."""
-        self._decode(self._num_ahead + 1)
+    def advance(self, more: int = 0) -> None:
+        """Starts loading next windows: a few, and every time `more`."""
+        self._early = [slot for slot in self._early if not slot.taken]
+        num_decoded = sum(slot.future is not None for slot in self._early)
+        room = _FETCHED_BYTES - self._row_bytes * sum(_rows(slot) for slot in self._early)
+        allowed = more
+        while self._later and self._row_bytes and (room > 0 or allowed > 0):
+            slot = heapq.heappop(self._later)
+            if not slot.taken:
+                self._fetch(slot)
+                self._early.append(slot)
+                room -= self._row_bytes * _rows(slot)
+                allowed -= 1
+        self._early.sort()
+        for slot in self._early[: max(_DECODED, num_decoded + more)]:
+            self._load_soon(slot)
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _slot(self, epoch: int, lane: int, window: int) -> _Slot:
-        """The window's slot; its units are being fetched."""
         held = self._held.setdefault(lane, {})
-        slot = held.get((epoch, window))
-        if slot is None:
+        if (epoch, window) not in held:
             spans = self._order.window_spans(epoch, lane, window)
-            needed = self._needed_at(epoch, lane, window)
-            for span in spans:
-                self._units.start(span.unit, needed)
-            slot = held[epoch, window] = _Slot(needed, lane, (epoch, window), spans)
-        return slot
+            held[epoch, window] = _Slot(self._needed_at(epoch, lane, window), lane, (epoch, window), spans)
+        return held[epoch, window]
 
-    def _decode(self, most: int) -> None:
-        """Decodes windows until so many are ahead, what is needed first first."""
-        while self._later and self._num_ahead < most:
-            slot = heapq.heappop(self._later)
-            if slot.future is None and self._held[slot.lane].get(slot.name) is slot:
-                slot.ahead = True
-                self._num_ahead += 1
-                self._load_soon(slot)
+    def _fetch(self, slot: _Slot) -> None:
+        if not slot.fetched:
+            slot.fetched = True
+            for span in slot.spans:
+                self._units.start(span.unit, slot.needed)
 
-    def _load_soon(self, slot: _Slot) -> None:
-        epoch, window = slot.name
-        slot.future = self._pool.submit(self._load, epoch, slot.lane, window, slot.spans)
+    def _load_soon(self, slot: _Slot) -> Future[Window]:
+        if slot.future is None:
+            self._fetch(slot)
+            epoch, window = slot.name
+            slot.future = self._pool.submit(self._load, epoch, slot.lane, window, slot.spans)
+        return slot.future
 
     def _forget(self, slot: _Slot) -> None:
-        self._num_ahead -= slot.ahead
         if slot.future and not slot.taken:
             slot.future.cancel()
+        slot.taken = True
 
     def _needed_at(self, epoch: int, lane: int, window: int) -> float:
         """The position of the window's first item: all lanes' windows in the order they are needed."""
@@ -185,6 +195,7 @@ class Windows:
         if reasons:
             tables, perm, bad = self._around(spans, tables, reasons, perm, ids)
         table = pa.concat_tables([t for t in tables if t is not None])
+        self._row_bytes = table.nbytes / table.num_rows
         sums = running_sums(hash_ids(self._order.seed, epoch, ids))
         return Window(table.schema, window_columns(table, perm), ids, sums, bad)
 
@@ -230,6 +241,10 @@ class Windows:
             except DataError:
                 continue
         raise DataError(next(iter(reasons.values())))
+
+
+def _rows(slot: _Slot) -> int:
+    return sum(span.hi - span.lo for span in slot.spans)
 
 
 def stand_ins(ids: I64, num_rows: int, turn: int = 0) -> I64:
