@@ -34,7 +34,6 @@ _DRAIN_SECONDS = 0.1
 # Memory that was freed is used again instead of being given back: a page's first touch costs more than a copy of
 # what is in it, and a step frees as much as it takes.
 MEMORY = {
-    "ARROW_DEFAULTMEMORY_POOL": "jemalloc",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(1024 * 1024 * 1024),
 }
