@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dltrain.data.memory import U8, allocate, offer
+from dltrain.data.memory import allocate, offer
 
 __all__ = ["Column", "Pick", "gather", "leaf", "window_columns"]
 
 I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
 # Smaller values are shuffled when their window is loaded: picking them one by one takes longer than a second copy.
 _LARGE_BYTES = 2048
 

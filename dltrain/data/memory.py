@@ -1,7 +1,8 @@
 """Memory of batches: filled once by the gather, then handed over to the tensors.
 
-memory = allocate(num_bytes)             # numpy, uint8
-tensor = claim(buffer.address)           # the same memory as a tensor, if it is a batch's and nobody has it yet
+memory = allocate(num_bytes)             # tensor, uint8
+buffer = offer(memory)                   # Arrow's, for the rows that `collate` gets
+tensor = claim(buffer.address)           # the same memory, if it is a batch's and nobody has it yet
 
 It comes from Arrow's pool, which keeps what was freed in huge pages and gives it out again: a page's first touch
 costs more than a copy of what is in it. Where this process uses CUDA, it is page-locked memory of torch's pool.
@@ -9,8 +10,7 @@ costs more than a copy of what is in it. Where this process uses CUDA, it is pag
 
 from __future__ import annotations
 
-import threading
-from weakref import WeakValueDictionary
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,8 @@ import torch
 
 __all__ = ["allocate", "claim", "offer"]
 
-U8 = npt.NDArray[np.uint8]
-_offered: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
-_lock = threading.Lock()
+# By address. An entry goes with the array that was offered, before the memory can be another's.
+_offered: dict[int, torch.Tensor] = {}
 
 
 def allocate(num_bytes: int) -> torch.Tensor:
@@ -33,12 +32,12 @@ def allocate(num_bytes: int) -> torch.Tensor:
 
 def offer(tensor: torch.Tensor) -> pa.Buffer:
     """The memory as a buffer of Arrow's, which can be claimed once as long as the buffer lives."""
-    with _lock:
-        _offered[tensor.data_ptr()] = tensor
-    return pa.py_buffer(tensor.numpy())
+    array: npt.NDArray[np.uint8] = tensor.numpy()
+    _offered[tensor.data_ptr()] = tensor
+    weakref.finalize(array, _offered.pop, tensor.data_ptr(), None).atexit = False
+    return pa.py_buffer(array)
 
 
 def claim(address: int) -> torch.Tensor | None:
     """The memory that was offered at this address; None where it is not a batch's own, or is taken already."""
-    with _lock:
-        return _offered.pop(address, None)
+    return _offered.pop(address, None)

@@ -29,7 +29,7 @@ __all__ = ["UnitReader"]
 # Small, since memory that is used again costs less than fresh one; a dataset of this size is decoded once.
 _KEEP_BYTES = 64 * 1024 * 1024
 _FOOTER_THREADS = 4
-# Of a file at once: a page or so, which stays in the processor's cache until it is decoded.
+# Of fetched bytes at once: a page or so, which stays in the processor's cache until it is decoded.
 _READ_BYTES = 1024 * 1024
 
 
@@ -45,6 +45,8 @@ class UnitReader:
             backend = open_backend(catalog.url, IN_FLIGHT + 2)
         self._fetcher = Fetcher(backend) if backend else None
         self._pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dltrain-footer")
+        # Of a file that is mapped, all of a unit is asked of the disk at once; other bytes are here already.
+        self._how: dict[str, Any] = {"buffer_size": _READ_BYTES} if backend else {"pre_buffer": True}
         self._lock = threading.Lock()
         self._units: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._started: dict[int, Future[Fetched]] = {}
@@ -117,7 +119,7 @@ class UnitReader:
             source = self._source(unit, file, group)
             footer = self._footer(file, group)
             try:
-                table = pq.ParquetFile(source, metadata=footer, buffer_size=_READ_BYTES).read_row_group(
+                table = pq.ParquetFile(source, metadata=footer, **self._how).read_row_group(
                     group, columns=self._columns, use_threads=False
                 )
             except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -131,7 +133,8 @@ class UnitReader:
     def _source(self, unit: int, file: DataFile, group: int) -> Any:
         if self._fetcher is None:
             check_local(file)
-            return pa.OSFile(file.path)
+            # Decoded from where the kernel keeps it: a file read into memory first costs as much again.
+            return pa.memory_map(file.path)
         with self._lock:
             future = self._started.pop(unit, None)
         if future is None:

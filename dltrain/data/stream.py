@@ -39,8 +39,8 @@ Collate = Callable[[pa.RecordBatch, Keys], Batch]
 Sums = Mapping[tuple[int, int], BatchSum]
 _DEPTH = 3
 _TURNS = 16
-# A step that is taken up so much later was not waited for.
-_TIME_SECONDS = 0.005
+# How much the last step weighs in what steps take lately.
+_RECENT = 0.2
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
@@ -207,24 +207,30 @@ class TrainStream:
             windows.close()
 
     def _steps(self) -> Generator[StepBatch, None, None]:
+        """The steps. While they wait longer than it takes to make them, there is time to decode more ahead."""
+        making = waiting = 0.0
+        begin = self._clock()
+        for step in self._made_steps():
+            made = self._clock()
+            yield step
+            taken = self._clock()
+            making += _RECENT * (made - begin - making)
+            waiting += _RECENT * (taken - made - waiting)
+            if waiting > making:
+                for windows in self._windows:
+                    windows.advance(more=1)
+            begin = taken
+
+    def _made_steps(self) -> Iterator[StepBatch]:
         positions = iter(range(self._position, self._end, self._global_batch))
         if not self._parallel:
-            for at in positions:
-                yield from self._unhurried(self._step(*self._take(at)))
+            yield from (self._step(*self._take(at)) for at in positions)
             return
         with ThreadPoolExecutor(self._parallel, thread_name_prefix="dltrain-collate") as pool:
             ahead = deque(self._submit(pool, at) for at in islice(positions, self._parallel + 1))
             while ahead:
-                yield from self._unhurried(ahead.popleft().result())
+                yield ahead.popleft().result()
                 ahead.extend(self._submit(pool, at) for at in islice(positions, 1))
-
-    def _unhurried(self, step: StepBatch) -> Iterator[StepBatch]:
-        """Yields the step; where it was not waited for, there is time to decode more."""
-        begin = self._clock()
-        yield step
-        if self._clock() - begin > _TIME_SECONDS:
-            for windows in self._windows:
-                windows.advance(more=1)
 
     def _submit(self, pool: ThreadPoolExecutor, at: int) -> Future[StepBatch]:
         try:
