@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dltrain.data import open_stream
@@ -104,6 +104,7 @@ def test_mistakes(data: str, tmp_path: Path) -> None:
 # ---- columns ----
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-5, 5), max_size=4), min_size=1, max_size=9), st.data())
 def test_lists_are_values_and_offsets(rows: list[list[int]], draw: Any) -> None:
     lo = draw.draw(st.integers(0, len(rows) - 1))
@@ -113,6 +114,7 @@ def test_lists_are_values_and_offsets(rows: list[list[int]], draw: Any) -> None:
     assert [found["t"][a:b].tolist() for a, b in pairwise(offsets)] == rows[lo:]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.lists(st.integers(-5, 5), max_size=3), max_size=3), min_size=1, max_size=6), st.data())
 def test_lists_of_lists_have_offsets_per_level(rows: list[list[list[int]]], draw: Any) -> None:
     lo = draw.draw(st.integers(0, len(rows) - 1))
