@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from dltrain.data.catalog import DataFile
 from dltrain.errors import DataError
-from dltrain.store import filesystem, s3_options
+from dltrain.store import filesystem, s3_options, s3_session
 
 __all__ = ["Backend", "changed", "check_local", "open_backend"]
 
@@ -76,7 +76,7 @@ class S3Backend:
 
         options = s3_options()
         config = {**options["config_kwargs"], "retries": {"total_max_attempts": 1}}
-        self._client: Any = botocore.session.get_session().create_client(
+        self._client: Any = s3_session(botocore.session.Session).create_client(
             "s3",
             endpoint_url=options["endpoint_url"],
             config=Config(**config, max_pool_connections=self._connections),

@@ -143,7 +143,10 @@ def measure(reader: str, url: str, num_bytes: int) -> dict[str, float]:
 
 
 def _import_all() -> None:
-    """What every reader needs is imported before the clock starts."""
+    """What readers need is imported before the clock starts; pyarrow imports pandas by itself where it is there."""
+    import botocore.session  # noqa: F401
+    import pandas  # noqa: F401
+    import s3fs  # noqa: F401
     import torch
 
     from dltrain.data import open_stream  # noqa: F401
