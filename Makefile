@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # pip's hundreds of lines as one that counts.
 COUNT := awk '/^Collecting|^Installing/ {n++; printf "\r  %d packages", n} /ERROR/ {print} END {print ""}'
 
-.PHONY: help install demo check test test-all bench clean
+.PHONY: help install demo check test test-all bench bench-data clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,10 @@ test-all: install  ## and those that need servers (S3): .ci/run installs them
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py
+
+bench-data: install  ## how fast batches arrive, against Ray Data, a DataLoader and the store: tests/bench/results
+	@$(PIP) -e '.[bench]' | $(COUNT)
+	@$(BIN)/python tests/bench/data.py --results tests/bench/results
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info

@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import uuid
@@ -25,7 +26,7 @@ import fsspec
 
 from dltrain.errors import StoreError
 
-__all__ = ["Store", "explain", "filesystem", "open_store", "s3_options"]
+__all__ = ["Store", "explain", "filesystem", "open_store", "s3_options", "s3_session"]
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
@@ -200,8 +201,28 @@ def filesystem(url: str | os.PathLike[str]) -> tuple[Any, str]:
             f"{text}: {error}; use a path, file://, s3:// or another URL that fsspec has a backend for"
         ) from error
     if is_s3:
+        import aiobotocore.session
+
         fs.retries = _REPEATS
+        fs.session = s3_session(aiobotocore.session.AioSession)
     return fs, str(path)
+
+
+def s3_session(kind: Callable[[], Any]) -> Any:
+    """A session of botocore's, with the credentials of this moment; its descriptions of S3 are read once a process.
+
+    To read them takes a sixth of a second, for every client that is made.
+    """
+    session = kind()
+    session.register_component("data_loader", _s3_loader())
+    return session
+
+
+@functools.cache
+def _s3_loader() -> Any:
+    import botocore.session
+
+    return botocore.session.Session().get_component("data_loader")
 
 
 def s3_options() -> dict[str, Any]:

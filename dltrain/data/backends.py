@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dltrain.data.catalog import DataFile
 from dltrain.errors import DataChangedError
-from dltrain.store import filesystem, s3_options
+from dltrain.store import filesystem, s3_options, s3_session
 
 __all__ = ["Backend", "changed", "check_local", "open_backend"]
 
@@ -124,7 +124,7 @@ def _s3_client(connections: int) -> Any:
 
     options = s3_options()
     changes = {"retries": {"total_max_attempts": 1}, "read_timeout": _READ_SECONDS}
-    return botocore.session.get_session().create_client(
+    return s3_session(botocore.session.Session).create_client(
         "s3",
         endpoint_url=options["endpoint_url"],
         config=Config(**{**options["config_kwargs"], **changes}, max_pool_connections=connections),

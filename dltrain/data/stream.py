@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from dltrain.data.batch import Batch, Keys
+from dltrain.data.gather import Pick, gather
 from dltrain.data.identity import U64, BatchSum
 from dltrain.data.mixture import Mixture
 from dltrain.data.prefetch import Prefetcher
-from dltrain.data.windows import HINT, Units, Window, Windows, gather, one_batch, stand_ins
+from dltrain.data.windows import HINT, Units, Window, Windows, one_batch, stand_ins
 from dltrain.errors import BadRowsError, DataError, DltrainError
 
 __all__ = ["EvalStream", "Replaced", "StepBatch", "TrainStream", "micro_batches"]
@@ -37,6 +39,8 @@ Collate = Callable[[pa.RecordBatch, Keys], Batch]
 Sums = Mapping[tuple[int, int], BatchSum]
 _DEPTH = 3
 _TURNS = 16
+# How much the last step weighs in what steps take lately.
+_RECENT = 0.2
 
 
 def micro_batches(size: int, num_ranks: int, micro_batch: int) -> int:
@@ -88,9 +92,8 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class _Rows:
-    """A rank's rows of a batch, and where they came from."""
+    """A rank's rows of a batch, and where they are."""
 
-    rows: Any
     epochs: I64
     ids: I64
     pieces: list[_Piece]
@@ -102,6 +105,15 @@ class _Rows:
                 return piece
             row -= piece.hi - piece.lo
         raise IndexError(row)
+
+    def picks(self, some: range) -> Iterator[Pick]:
+        """Every some.step-th row from some.start on."""
+        at, step = some.start, some.step
+        for p in self.pieces:
+            if at < p.hi - p.lo:
+                yield p.window.pick(range(p.lo + at, p.hi, step))
+                at += -(-(p.hi - p.lo - at) // step) * step
+            at -= p.hi - p.lo
 
     def replaced(self) -> Iterator[Replaced]:
         """Those that are not the row they should be."""
@@ -122,6 +134,7 @@ class TrainStream:
         micro_batch: most rows of one forward pass.
         replace: rows that can't be used are replaced and listed; else they raise.
         parallel: threads that call `collate`, for one that hands the work on to other processes.
+        clock: for tests.
     """
 
     def __init__(
@@ -138,6 +151,7 @@ class TrainStream:
         micro_batch: int,
         replace: bool = False,
         parallel: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mixture, self._collate = mixture, collate
         self._seed = mixture.orders[0].seed
@@ -146,13 +160,14 @@ class TrainStream:
         self._first_ids = [sum(sizes[:source]) for source in range(len(sizes))]
         self._position, self._end, self._global_batch = position, end, global_batch
         self._rank, self._num_ranks, self._micro_batch = rank, num_ranks, micro_batch
-        self._replace, self._parallel = replace, parallel
+        self._replace, self._parallel, self._clock = replace, parallel, clock
         self._windows = [
             Windows(order, units, end if len(sources) == 1 else math.inf, replace, mixture.stretch(source))
             for source, (order, units) in enumerate(zip(mixture.orders, sources, strict=True))
         ]
         for part in mixture.segments(position, min(global_batch, end - position), rank, num_ranks):
-            self._windows[part.source].begin(part.segment)
+            s = part.segment
+            self._windows[part.source].begin(s.epoch, s.lane, s.window)
         self._made = self._steps()
         self._failure: BaseException | None = None
         self._prefetcher: Prefetcher[StepBatch] | None = None
@@ -192,6 +207,21 @@ class TrainStream:
             windows.close()
 
     def _steps(self) -> Generator[StepBatch, None, None]:
+        """The steps. While they wait longer than it takes to make them, there is time to decode more ahead."""
+        making = waiting = 0.0
+        begin = self._clock()
+        for step in self._made_steps():
+            made = self._clock()
+            yield step
+            taken = self._clock()
+            making += _RECENT * (made - begin - making)
+            waiting += _RECENT * (taken - made - waiting)
+            if waiting > making:
+                for windows in self._windows:
+                    windows.advance(more=1)
+            begin = taken
+
+    def _made_steps(self) -> Iterator[StepBatch]:
         positions = iter(range(self._position, self._end, self._global_batch))
         if not self._parallel:
             yield from (self._step(*self._take(at)) for at in positions)
@@ -230,35 +260,33 @@ class TrainStream:
         return StepBatch(at + size, size, micros, mine.epochs, mine.ids, _sums(mine), tuple(replaced))
 
     def _micro(self, mine: _Rows, some: range, replaced: list[Replaced]) -> Batch:
-        rows = mine.rows
-        if some.step > 1:
-            rows = rows.take(pa.array(np.arange(some.start, some.stop, some.step)))
         keys = Keys(self._seed, mine.epochs[some.start :: some.step], mine.ids[some.start :: some.step])
+        schema, picks = mine.pieces[0].window.schema, list(mine.picks(some))
         # Counted by row: which others are bad must not change what stands in for this one.
         turns: Counter[int] = Counter()
         while True:
             try:
-                return self._collate(rows, keys)
+                # Gathered afresh each time: `collate` may have changed what it was given.
+                return self._collate(gather(schema, picks), keys)
             except BadRowsError as error:
                 turns.update(error.rows)
                 if not self._replace or max(turns.values()) > _TURNS:
                     told = error.told([int(keys.ids[r]) for r in error.rows])
                     raise DataError(f"{len(error.rows)} row(s) can't be used: {told}; {HINT}") from None
-                rows = self._without(rows, mine, some, error.rows, turns)
+                picks = self._without(picks, mine, some, error.rows, turns)
                 listed = zip(error.rows, error.reasons, strict=True)
                 replaced.extend(self._listed(mine, some[r], reason) for r, reason in listed if turns[r] == 1)
 
     def _without(
-        self, rows: pa.RecordBatch, mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]
-    ) -> pa.RecordBatch:
+        self, picks: list[Pick], mine: _Rows, some: range, bad: Sequence[int], turns: Mapping[int, int]
+    ) -> list[Pick]:
         """The rows, with another of the same window in the place of each bad one."""
-        parts, at = [], 0
-        for row in sorted(set(bad)):
+        each = [(columns, items[i : i + 1]) for columns, items in picks for i in range(len(items))]
+        for row in set(bad):
             window = mine.origin(some[row]).window
             other = int(stand_ins(mine.ids[some[row] : some[row] + 1], len(window.ids), turns[row])[0])
-            parts += [rows.slice(at, row - at), gather([(window, other, other + 1)])]
-            at = row + 1
-        return pa.concat_batches([*parts, rows.slice(at)])
+            each[row] = window.pick(range(other, other + 1))
+        return each
 
     def _stand_in(self, first: _Rows | None) -> Batch:
         """The batch's first row, weighing nothing: a rank without a row still enters every collective."""
@@ -267,14 +295,17 @@ class TrainStream:
 
     def _rows(self, at: int, size: int, rank: int, num_ranks: int) -> _Rows:
         epochs, ids, pieces = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
-        for part in self._mixture.segments(at, size, rank, num_ranks):
-            s = part.segment
-            window = self._windows[part.source].get(s.epoch, s.lane, s.window)
+        parts = self._mixture.segments(at, size, rank, num_ranks)
+        # All are on their way before the first is waited for.
+        futures = [self._windows[p.source].get(p.segment.epoch, p.segment.lane, p.segment.window) for p in parts]
+        for windows in self._windows:
+            windows.advance()
+        for part, future in zip(parts, futures, strict=True):
+            s, window = part.segment, future.result()
             epochs.append(np.full(s.hi - s.lo, s.epoch, np.int64))
             ids.append(window.ids[s.lo : s.hi] + self._first_ids[part.source])
             pieces.append(_Piece(window, s.lo, s.hi, part.source, s.epoch))
-        rows = gather([p[:3] for p in pieces]) if pieces else None
-        return _Rows(rows, np.concatenate(epochs), np.concatenate(ids), pieces)
+        return _Rows(np.concatenate(epochs), np.concatenate(ids), pieces)
 
     def _listed(self, mine: _Rows, row: int, reason: str) -> Replaced:
         piece = mine.origin(row)

@@ -1,7 +1,8 @@
 """Windows of the sample order, loaded in the background and shuffled: what batches are cut from.
 
 windows = Windows(order, reader, end, replace=True)
-window = windows.get(epoch, lane, number); window.rows[lo:hi], window.ids[lo:hi]
+window = windows.get(epoch, lane, number).result()
+gather(window.schema, [window.pick(range(lo, hi))]), window.ids[lo:hi]
 
 A row that can't be read keeps its position: another row of the same window stands in its place, the same one
 for any number of ranks, and `window.bad` says so.
@@ -9,26 +10,28 @@ for any number of ranks, and `window.bad` says so.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dltrain.data.gather import Column, Pick, window_columns
 from dltrain.data.identity import U64, hash_ids, running_sums
-from dltrain.data.order import Order, Segment, Span, key, mix64
+from dltrain.data.order import Order, Span, key, mix64
 from dltrain.errors import DataChangedError, DataError
 
-__all__ = ["Units", "Window", "Windows", "gather", "one_batch", "stand_ins"]
+__all__ = ["Units", "Window", "Windows", "one_batch", "stand_ins"]
 
 I64 = npt.NDArray[np.int64]
 _THREADS = 4
-# Smaller rows are shuffled when their window is loaded: picking them one by one takes longer than a second copy.
-_LARGE_ROW_BYTES = 2048
+# Where batches are waited for: windows decoded before they are needed, and bytes fetched, of the decoded rows.
+_DECODED = 2
+_FETCHED_BYTES = 128 * 1024 * 1024
 # The purpose of a derived key; the others are in `order` and `identity`.
 _STAND_IN = 11
 HINT = "repair the data, or set data.bad_rows to train other rows in the place of up to so many"
@@ -52,40 +55,43 @@ class Window:
     """A window's items: its rows in shuffled order, with running sums of their hashes.
 
     Attributes:
-        chunks: the rows; index: item -> row of the chunks laid end to end, None where they are in order already.
-        sums: (2, rows + 1).
+        columns: their values; schema: of these; ids: (rows,); sums: (2, rows + 1).
         bad: item -> why another row stands in its place.
     """
 
-    chunks: list[pa.RecordBatch]
-    index: I64 | None
+    schema: pa.Schema
+    columns: list[Column]
     ids: I64
     sums: U64
     bad: Mapping[int, str] = field(default_factory=dict)
 
-    def parts(self, lo: int, hi: int) -> list[pa.RecordBatch]:
-        """Items [lo, hi), as slices."""
-        if self.index is None:
-            return [self.chunks[0].slice(lo, hi - lo)]
-        rows = self.index[lo:hi]
-        which = np.searchsorted(self.edges, rows, side="right") - 1
-        places = zip(which.tolist(), (rows - self.edges[which]).tolist(), strict=True)
-        # Row by row: pyarrow's own take lays all chunks end to end first.
-        return [self.chunks[chunk].slice(row, 1) for chunk, row in places]
-
-    @cached_property
-    def edges(self) -> I64:
-        """Row at which each chunk begins."""
-        return np.cumsum([0, *(chunk.num_rows for chunk in self.chunks[:-1])])
+    def pick(self, items: range) -> Pick:
+        """Some of the items, for `gather`."""
+        return self.columns, items
 
 
-def gather(pieces: Sequence[tuple[Window, int, int]]) -> pa.RecordBatch:
-    """Items [lo, hi) of each window, one after the other: the one copy between decoding and a batch."""
-    return pa.concat_batches([part for window, lo, hi in pieces for part in window.parts(lo, hi)])
+@dataclass(order=True)
+class _Slot:
+    """A window that is held, from when it is the next one of its lane.
+
+    Attributes:
+        taken: a batch has asked for it, or will not any more.
+    """
+
+    needed: float
+    lane: int
+    name: tuple[int, int]
+    spans: list[Span] = field(compare=False)
+    fetched: bool = field(default=False, compare=False)
+    future: Future[Window] | None = field(default=None, compare=False)
+    taken: bool = field(default=False, compare=False)
 
 
 class Windows:
-    """Loads windows in a pool; touching one starts the lane's next one and forgets the ones before.
+    """Loads windows in a pool; touching one makes the lane's next one known and forgets the ones before.
+
+    What a batch waits for comes first. Next windows are fetched and decoded in the order they are needed. While
+    batches are waited for it is a few, since the ones before them still hold the memory that they can have.
 
     Args:
         end: position of this order at which the run ends.
@@ -97,43 +103,81 @@ class Windows:
         self._order, self._units, self._end = order, units, end
         self._replace, self._stretch = replace, stretch
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-read")
-        self._held: dict[int, dict[tuple[int, int], Future[Window]]] = {}
+        self._held: dict[int, dict[tuple[int, int], _Slot]] = {}
         self._current: dict[int, tuple[int, int]] = {}
+        # Next windows: a heap of those not fetched yet, and the others.
+        self._later: list[_Slot] = []
+        self._early: list[_Slot] = []
+        # Decoded; not known before a window is.
+        self._row_bytes = 0.0
 
-    def get(self, epoch: int, lane: int, window: int) -> Window:
-        """The window, waited for if it is still on its way."""
+    def get(self, epoch: int, lane: int, window: int) -> Future[Window]:
+        """The window, on its way."""
         held = self._held.setdefault(lane, {})
-        future = held.get((epoch, window))
-        if future is not None and (epoch, window) == self._current.get(lane):
-            return future.result()
-        self._current[lane] = (epoch, window)
-        for old in [k for k in held if k < (epoch, window)]:
-            if held.pop(old).cancel():
-                for span in self._order.window_spans(old[0], lane, old[1]):
-                    self._units.forget(span.unit)
-        future = self._start(held, epoch, lane, window)
-        following = self._next(epoch, lane, window)
-        if following:
-            self._start(held, following[0], lane, following[1])
-        return future.result()
+        if (epoch, window) != self._current.get(lane):
+            self._current[lane] = (epoch, window)
+            for old in [k for k in held if k < (epoch, window)]:
+                self._forget(held.pop(old))
+            following = self._next(epoch, lane, window)
+            if following and following not in held:
+                heapq.heappush(self._later, self._slot(following[0], lane, following[1]))
+        slot = self._slot(epoch, lane, window)
+        slot.taken = True
+        return self._load_soon(slot)
 
-    def begin(self, s: Segment) -> None:
+    def begin(self, epoch: int, lane: int, window: int) -> None:
         """Starts loading what the first step needs."""
-        self._start(self._held.setdefault(s.lane, {}), s.epoch, s.lane, s.window)
+        self._load_soon(self._slot(epoch, lane, window))
+
+    def advance(self, more: int = 0) -> None:
+        """Starts loading next windows: a few, and every time `more`."""
+        self._early = [slot for slot in self._early if not slot.taken]
+        num_decoded = sum(slot.future is not None for slot in self._early)
+        room = _FETCHED_BYTES - self._row_bytes * sum(_rows(slot) for slot in self._early)
+        allowed = more
+        while self._later and self._row_bytes and (room > 0 or allowed > 0):
+            slot = heapq.heappop(self._later)
+            if not slot.taken:
+                self._fetch(slot)
+                self._early.append(slot)
+                room -= self._row_bytes * _rows(slot)
+                allowed -= 1
+        self._early.sort()
+        for slot in self._early[: max(_DECODED, num_decoded + more)]:
+            self._load_soon(slot)
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, held: dict[tuple[int, int], Future[Window]], epoch: int, lane: int, window: int) -> Future[Window]:
-        future = held.get((epoch, window))
-        if future is None:
+    def _slot(self, epoch: int, lane: int, window: int) -> _Slot:
+        held = self._held.setdefault(lane, {})
+        if (epoch, window) not in held:
             spans = self._order.window_spans(epoch, lane, window)
-            needed = self._needed_at(epoch, lane, window)
-            for span in spans:
-                self._units.start(span.unit, needed)
-            future = held[epoch, window] = self._pool.submit(self._load, epoch, lane, window, spans)
-        return future
+            held[epoch, window] = _Slot(self._needed_at(epoch, lane, window), lane, (epoch, window), spans)
+        return held[epoch, window]
+
+    def _fetch(self, slot: _Slot) -> None:
+        if not slot.fetched:
+            slot.fetched = True
+            for span in slot.spans:
+                self._units.start(span.unit, slot.needed)
+
+    def _load_soon(self, slot: _Slot) -> Future[Window]:
+        if slot.future is None:
+            self._fetch(slot)
+            epoch, window = slot.name
+            slot.future = self._pool.submit(self._load, epoch, slot.lane, window, slot.spans)
+        return slot.future
+
+    def _forget(self, slot: _Slot) -> None:
+        if slot.taken:
+            return
+        slot.taken = True
+        unread = slot.future is None or slot.future.cancel()
+        if slot.fetched and unread:
+            for span in slot.spans:
+                self._units.forget(span.unit)
 
     def _needed_at(self, epoch: int, lane: int, window: int) -> float:
         """The position of the window's first item: all lanes' windows in the order they are needed."""
@@ -158,11 +202,9 @@ class Windows:
         if reasons:
             tables, perm, bad = self._around(spans, tables, reasons, perm, ids)
         table = pa.concat_tables([t for t in tables if t is not None])
+        self._row_bytes = table.nbytes / table.num_rows
         sums = running_sums(hash_ids(self._order.seed, epoch, ids))
-        if table.nbytes > _LARGE_ROW_BYTES * table.num_rows:
-            # Left where they were decoded: each batch gathers its rows, and nothing is copied twice.
-            return Window(table.to_batches(), perm, ids, sums, bad)
-        return Window([one_batch(table).take(pa.array(perm))], None, ids, sums, bad)
+        return Window(table.schema, window_columns(table, perm), ids, sums, bad)
 
     def _read(self, spans: Sequence[Span]) -> tuple[list[pa.Table | None], dict[int, str]]:
         """The spans' rows, None where they can't be decoded, and why not."""
@@ -208,6 +250,10 @@ class Windows:
             except DataError:
                 continue
         raise DataError(next(iter(reasons.values())))
+
+
+def _rows(slot: _Slot) -> int:
+    return sum(span.hi - span.lo for span in slot.spans)
 
 
 def stand_ins(ids: I64, num_rows: int, turn: int = 0) -> I64:

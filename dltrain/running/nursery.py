@@ -33,7 +33,8 @@ __all__ = ["MEMORY", "Child", "Nursery", "make_nursery"]
 # Memory that was freed is used again instead of being given back: a page's first touch costs more than a copy of
 # what is in it, and a step frees as much as it takes.
 MEMORY = {
-    "ARROW_DEFAULTMEMORY_POOL": "jemalloc",
+    # Arrow's own pool, in ms: a window of rows is freed seconds before the next one needs as much.
+    "MIMALLOC_PURGE_DELAY": "60000",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(1024 * 1024 * 1024),
 }

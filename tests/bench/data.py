@@ -1,28 +1,34 @@
 """How fast batches arrive: dltrain, Ray Data and a torch DataLoader over the same Parquet, against the store's limit.
 
-    python tests/bench/data.py [--rounds 3] [--megabytes 400] [--where local,s3] [--kinds images,tokens]
-                               [--json] [--png bench-data.png]
+    python tests/bench/data.py [--rounds 3] [--megabytes 806] [--where local,s3] [--kinds images,tokens]
+                               [--json] [--results tests/bench/results]
 
-Every reader runs in a process of its own, turn and turn about, with the malloc settings of dltrain's workers, and
+Readers. Each runs in a process of its own, turn and turn about, with the malloc settings of dltrain's workers, and
 yields shuffled batches of 256 rows as torch tensors; the limit reads row groups in order with pyarrow and makes no
-batches. S3 is Ceph's gateway on loopback, all in memory. MB/s counts decoded bytes; CPU is of the reader's
-processes, first batch from opening the dataset.
+batches. Each goes through the data three times. "First pass" is the first one, from opening the dataset: with it come
+connections, a shuffle's pool and fresh memory. MB/s is of the two after it, of decoded bytes; CPU is of the reader's
+processes over all three. Ratios are taken within rounds, and their median is shown.
+
+Pace. A step of 50 ms takes each batch. Stall: the store gives 1.2 times what that needs; the share of time that was
+spent waiting, once the shuffle's pool is full (at 1.2 times that takes epochs). Boundary: the slowest hundredth of the
+steps around the ends of epochs, and of the others.
+
+S3 is Ceph's gateway on loopback, all in memory, on the same cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,18 +36,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import DataLoader, IterableDataset
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "e2e")]
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "e2e"), str(HERE.parent)]
 
-from dltrain.running.agent import MEMORY  # noqa: E402
+from data_readers import BATCH, FILL_EPOCHS, GROUPS, PACE_EPOCHS, ROW_BYTES, STEP_SECONDS  # noqa: E402
 
-BATCH = 256
-FILES, GROUPS = 16, 4
-# Bytes of a row: a uint8 image of 64 x 64 x 3 with its label; 2,048 int32 tokens.
-ROW_BYTES = {"images": 64 * 64 * 3 + 8, "tokens": 2048 * 4}
+from dltrain.running.nursery import MEMORY  # noqa: E402
+
+FILES = 16
 READERS = ("limit", "dltrain", "ray", "dataloader")
+# The pace test's store, against what its steps need; its data; steps that count as near an epoch's end.
+BANDWIDTH, PACE_MEGABYTES, NEAR = 1.2, 202, 4
 
 
 # ---- the data ----
@@ -68,116 +74,6 @@ def _table(kind: str, rows: int, rng: np.random.Generator) -> pa.Table:
     return pa.table({"image": image, "label": rng.integers(0, 10, rows)})
 
 
-# ---- the readers: each yields batches, or row groups ----
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """pyarrow's own client, the fastest that the others can be given."""
-    from pyarrow import fs
-
-    if not url.startswith("s3://"):
-        return fs.LocalFileSystem(), url
-    endpoint = os.environ["AWS_ENDPOINT_URL_S3"].removeprefix("http://")
-    return fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1"), url.removeprefix("s3://")
-
-
-def _files(url: str) -> tuple[Any, list[str]]:
-    from pyarrow import fs
-
-    filesystem, root = _filesystem(url)
-    return filesystem, sorted(f.path for f in filesystem.get_file_info(fs.FileSelector(root)))
-
-
-def limit(url: str) -> Iterator[Any]:
-    filesystem, files = _files(url)
-    for path in files:
-        with filesystem.open_input_file(path) as source:
-            reader = pq.ParquetFile(source, pre_buffer=True)
-            for group in range(reader.num_row_groups):
-                yield reader.read_row_group(group)
-
-
-def dltrain(url: str) -> Iterator[Any]:
-    from dltrain.data import open_stream
-
-    with open_stream(url, global_batch=BATCH) as stream:
-        yield from stream
-
-
-def ray(url: str) -> Iterator[Any]:
-    import ray as ray_
-
-    from dltrain.data.columns import tensors
-
-    ray_.init(log_to_driver=False, include_dashboard=False, num_cpus=os.cpu_count())
-    ray_.data.DataContext.get_current().enable_progress_bars = False
-    START[0] = time.perf_counter()
-    filesystem, root = _filesystem(url)
-    dataset = ray_.data.read_parquet(root, filesystem=filesystem, shuffle="files")
-    batches = dataset.iter_batches(
-        batch_size=BATCH, batch_format="pyarrow", local_shuffle_buffer_size=4 * BATCH, prefetch_batches=4
-    )
-    for batch in batches:
-        yield tensors(batch.combine_chunks().to_batches()[0])
-    STOP[0] = time.perf_counter()
-    ray_.shutdown()
-
-
-def dataloader(url: str) -> Iterator[Any]:
-    yield from DataLoader(_Groups(url), batch_size=None, num_workers=1, prefetch_factor=4)
-
-
-class _Groups(IterableDataset):  # type: ignore[type-arg]
-    """Row groups in random order, the rows of each shuffled: what people write for a DataLoader."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __iter__(self) -> Iterator[Any]:
-        from dltrain.data.columns import tensors
-
-        filesystem, files = _files(self.url)
-        rng = np.random.default_rng(0)
-        for index in rng.permutation(len(files) * GROUPS).tolist():
-            with filesystem.open_input_file(files[index // GROUPS]) as source:
-                table = pq.ParquetFile(source, pre_buffer=True).read_row_group(index % GROUPS)
-            rows = table.combine_chunks().to_batches()[0].take(pa.array(rng.permutation(len(table))))
-            for at in range(0, len(table), BATCH):
-                yield tensors(rows.slice(at, BATCH))
-
-
-# A reader may move the clock, for what is no part of reading (a cluster that comes up and goes down).
-START, STOP = [0.0], [0.0]
-
-
-def measure(reader: str, url: str, num_bytes: int) -> dict[str, float]:
-    """One pass, in this process and its children."""
-    # What every reader needs is imported before the clock starts.
-    import torch
-
-    from dltrain.data import open_stream  # noqa: F401
-
-    torch.set_num_threads(1)
-    read: Callable[[str], Iterator[Any]] = globals()[reader]
-    cpu, START[0] = _cpu_seconds(), time.perf_counter()
-    first = 0.0
-    for batch in read(url):
-        first = first or time.perf_counter() - START[0]
-        del batch
-    seconds = (STOP[0] or time.perf_counter()) - START[0]
-    return {
-        "mb_per_second": num_bytes / 1e6 / seconds,
-        "first_batch_seconds": first,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        "cpu_seconds_per_gb": (_cpu_seconds() - cpu) / num_bytes * 1e9,
-    }
-
-
-def _cpu_seconds() -> float:
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
 # ---- the comparison ----
 
 
@@ -202,16 +98,33 @@ def _stores(where: list[str]) -> Iterator[dict[str, tuple[str, Any, dict[str, st
         yield stores
 
 
-def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    lines = []
+def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is measured of the readers, and of the pace."""
+    lines, paces = [], []
     with _stores(options.where.split(",")) as stores:
         for where, (root, fs, env) in stores.items():
-            for kind in options.kinds.split(","):
-                url = f"{root}/{kind}"
-                fs.makedirs(url, exist_ok=True) if where == "local" else None
-                num_bytes = write_data(url.removeprefix("s3://"), fs, kind, options.megabytes)
+            for kind in filter(None, options.kinds.split(",")):
+                url, num_bytes = _written(root, fs, kind, options.megabytes, kind)
                 lines += _rounds(where, kind, url, num_bytes, env, options)
-    return lines
+            if options.pace:
+                paces.append(_paced(where, _written(root, fs, "images", PACE_MEGABYTES, "pace")[0], env))
+    return lines, paces
+
+
+def _written(root: str, fs: Any, kind: str, megabytes: int, name: str) -> tuple[str, int]:
+    url = f"{root}/{name}"
+    if not url.startswith("s3://"):
+        fs.makedirs(url, exist_ok=True)
+    return url, write_data(url.removeprefix("s3://"), fs, kind, megabytes)
+
+
+def _child(*arguments: str, env: dict[str, str]) -> Any:
+    """What a reader says, in a process of its own."""
+    command = [sys.executable, str(HERE.with_name("data_readers.py")), *arguments]
+    done = subprocess.run(command, env={**MEMORY, **os.environ, **env}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{arguments} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _rounds(
@@ -221,22 +134,54 @@ def _rounds(
     for number in range(options.rounds):
         for reader in options.readers.split(","):
             print(f"  {where} {kind}, round {number + 1}/{options.rounds}: {reader}", file=sys.stderr, flush=True)
-            command = [sys.executable, str(HERE), "--one", reader, url, str(num_bytes)]
-            done = subprocess.run(command, env={**MEMORY, **os.environ, **env}, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{reader} failed:\n{done.stderr}")
-            found.setdefault(reader, []).append(json.loads(done.stdout.splitlines()[-1]))
-    best = statistics.median(r["mb_per_second"] for r in found[READERS[0]]) if READERS[0] in found else float("nan")
+            found.setdefault(reader, []).append(_child(reader, url, str(num_bytes), env=env))
     return [
         {
             "where": where,
             "data": kind,
             "reader": reader,
             **{name: round(statistics.median(r[name] for r in rounds), 3) for name in rounds[0]},
-            "of_limit": round(statistics.median(r["mb_per_second"] for r in rounds) / best, 3),
+            "of_limit": _ratio(rounds, found.get("limit")),
+            "of_limit_first_pass": _ratio(rounds, found.get("limit"), "first_pass_mb_per_second"),
+            "of_ray": _ratio(rounds, found.get("ray")),
         }
         for reader, rounds in found.items()
     ]
+
+
+def _ratio(
+    rounds: list[dict[str, float]], others: list[dict[str, float]] | None, name: str = "mb_per_second"
+) -> float | None:
+    pairs = zip(rounds, others or [], strict=False)
+    ratios = [a[name] / b[name] for a, b in pairs]
+    return round(statistics.median(ratios), 3) if ratios else None
+
+
+def _paced(where: str, url: str, env: dict[str, str]) -> dict[str, Any]:
+    """The stall and boundary tests of a place; only S3 is slowed."""
+    from throttle import throttled
+
+    print(f"  {where}: steps of {STEP_SECONDS * 1e3:.0f} ms", file=sys.stderr, flush=True)
+    needed = BATCH * ROW_BYTES["images"] / STEP_SECONDS
+    with contextlib.ExitStack() as stack:
+        if env:
+            endpoint = stack.enter_context(throttled(env["AWS_ENDPOINT_URL_S3"], BANDWIDTH * needed))
+            env = {**env, "AWS_ENDPOINT_URL_S3": endpoint}
+        waits = np.array(_child("pace", url, "0", env=env))
+    epoch = len(waits) // (FILL_EPOCHS + PACE_EPOCHS)
+    steady = waits[FILL_EPOCHS * epoch :]
+    # distance: (steps,), to the nearest end of an epoch
+    distance = np.arange(len(steady)) % epoch
+    near = np.minimum(distance, epoch - distance) < NEAR
+    step = steady + STEP_SECONDS
+    return {
+        "where": where,
+        "bandwidth_of_needed": BANDWIDTH if env else None,
+        "wait_share": round(float(steady.sum() / step.sum()), 4),
+        "wait_share_filling": round(float(waits[1 : FILL_EPOCHS * epoch].mean() / STEP_SECONDS), 4),
+        "p99_ms_boundary": round(float(np.quantile(step[near], 0.99)) * 1e3, 1),
+        "p99_ms_steady": round(float(np.quantile(step[~near], 0.99)) * 1e3, 1),
+    }
 
 
 def versions() -> dict[str, Any]:
@@ -245,47 +190,68 @@ def versions() -> dict[str, Any]:
         platform.machine(),
     )
     packages = {name: version(name) for name in ("dltrain", "pyarrow", "s3fs", "ray", "torch")}
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **packages}
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    hardware = {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": _memory_gb(), "kernel": platform.release()}
+    return {"date": date, **hardware, "python": platform.python_version(), **packages}
 
 
-def show(lines: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
+def _memory_gb() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+
+
+def show(lines: list[dict[str, Any]], paces: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(", ".join(f"{name} {value}" for name, value in hardware.items()), highlight=False)
-    table = Table("store", "data", "reader", "MB/s", "of limit", "first batch s", "peak MB", "CPU s/GB")
+    heads = {
+        "MB/s": ("mb_per_second", ",.0f"),
+        "of limit": ("of_limit", ".2f"),
+        "of Ray": ("of_ray", ".2f"),
+        "first pass MB/s": ("first_pass_mb_per_second", ",.0f"),
+        "of limit's": ("of_limit_first_pass", ".2f"),
+        "first batch s": ("first_batch_seconds", ".2f"),
+        "peak MB": ("peak_mb", ",.0f"),
+        "CPU s/GB": ("cpu_seconds_per_gb", ".2f"),
+    }
+    table = Table("store", "data", "reader", *heads)
     for line in lines:
-        numbers = (line["mb_per_second"], line["of_limit"], line["first_batch_seconds"])
-        table.add_row(
-            line["where"],
-            line["data"],
-            line["reader"],
-            f"{numbers[0]:,.0f}",
-            f"{numbers[1]:.0%}",
-            f"{numbers[2]:.2f}",
-            f"{line['peak_mb']:,.0f}",
-            f"{line['cpu_seconds_per_gb']:.2f}",
-        )
+        cells = ("-" if line[name] is None else format(line[name], form) for name, form in heads.values())
+        table.add_row(line["where"], line["data"], line["reader"], *cells)
+    console.print(table)
+    table = Table("store", f"wait of {STEP_SECONDS * 1e3:.0f} ms steps", "while filling", "p99 at boundaries", "else")
+    for line in paces:
+        name = line["where"] + (f" at {line['bandwidth_of_needed']} x" if line["bandwidth_of_needed"] else "")
+        shares = (f"{line[share]:.2%}" for share in ("wait_share", "wait_share_filling"))
+        table.add_row(name, *shares, *(f"{line[p]:.1f} ms" for p in ("p99_ms_boundary", "p99_ms_steady")))
     console.print(table)
 
 
-def draw(lines: list[dict[str, Any]], path: str) -> None:
+def draw(lines: list[dict[str, Any]], paces: list[dict[str, Any]], path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = sorted({(line["where"], line["data"]) for line in lines})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False)
-    for axis, (where, kind) in zip(axes[0], panels, strict=True):
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(3.6 * (len(panels) + 1), 3.6), squeeze=False)
+    for axis, (where, kind) in zip(axes[0], panels, strict=False):
         shown = [line for line in lines if (line["where"], line["data"]) == (where, kind)]
         names = [line["reader"] for line in shown]
         colors = ["#bbbbbb" if n == "limit" else "#1f6feb" if n == "dltrain" else "#8c959f" for n in names]
         bars = axis.bar(names, [line["mb_per_second"] for line in shown], color=colors)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
-        axis.set_title(f"{kind}, {where}", fontsize=10)
-        axis.set_ylabel("MB/s")
+        axis.set(title=f"{kind}, {where}", ylabel="MB/s")
+    last = axes[0][-1]
+    for offset, name, color in ((-0.2, "p99_ms_steady", "#bbbbbb"), (0.2, "p99_ms_boundary", "#1f6feb")):
+        places = np.arange(len(paces)) + offset
+        bars = last.bar(places, [p[name] for p in paces], 0.4, color=color, label=name.split("_")[-1])
+        last.bar_label(bars, fmt="%.1f", fontsize=8)
+    last.set_xticks(range(len(paces)), [f"{p['where']}\nwait {p['wait_share']:.2%}" for p in paces])
+    last.set(title=f"steps of {STEP_SECONDS * 1e3:.0f} ms", ylabel="p99, ms")
+    last.legend(fontsize=8, loc="lower right")
+    for axis in axes[0]:
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -295,24 +261,23 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--megabytes", type=int, default=400, help="of each dataset, decoded")
+    parser.add_argument("--megabytes", type=int, default=806, help="of each dataset, decoded")
     parser.add_argument("--where", default="local,s3")
     parser.add_argument("--kinds", default="images,tokens")
     parser.add_argument("--readers", default=",".join(READERS))
-    parser.add_argument("--png", help="where to draw the comparison")
+    parser.add_argument("--no-pace", dest="pace", action="store_false", help="readers alone")
+    parser.add_argument("--results", type=Path, help="directory for data.json and data.png")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        reader, url, num_bytes = options.one
-        print(json.dumps(measure(reader, url, int(num_bytes))), flush=True)
-        os._exit(0)
-    lines, hardware = compare(options), versions()
-    show(lines, hardware)
-    if options.png:
-        draw(lines, options.png)
+    (lines, paces), hardware = compare(options), versions()
+    show(lines, paces, hardware)
+    result = json.dumps({**hardware, "rounds": options.rounds, "readers": lines, "pace": paces}, indent=1)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "data.json").write_text(result + "\n")
+        draw(lines, paces, options.results / "data.png")
     if options.json:
-        print(json.dumps({"readers": lines, **hardware}))
+        print(result)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dltrain import Batch, Keys, Task  # noqa: E402
-from dltrain.running.agent import MEMORY  # noqa: E402
+from dltrain.running.nursery import MEMORY  # noqa: E402
 from dltrain.training import cpu_op  # noqa: E402
 
 
