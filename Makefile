@@ -38,10 +38,10 @@ check: install  ## format, lint, types, import directions
 
 test: install  ## the tests that need nothing but this machine
 	$(BIN)/python -m pytest -q tests/unit -n 2
-	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not servers'
+	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not (servers or lab or soak)'
 
-test-all: install  ## and those that need servers (S3): .ci/run installs them
-	$(BIN)/python -m pytest -q tests/e2e -m servers
+test-all: install  ## and those that need a server (S3), several hosts or minutes: .ci/run installs what they need
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m 'servers or lab or soak'
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py
