@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # pip's hundreds of lines as one that counts.
 COUNT := awk '/^Collecting|^Installing/ {n++; printf "\r  %d packages", n} /ERROR/ {print} END {print ""}'
 
-.PHONY: help install demo check test test-all bench clean
+.PHONY: help install demo check test test-all bench bench-recovery soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,13 @@ test-all: install  ## and those that need a server (S3), several hosts or minute
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py
+
+bench-recovery: install  ## seconds from a fault to the next new step, beside Ray Train (20 minutes; the lab needs root)
+	$(PIP) -e '.[bench]' | $(COUNT)
+	$(BIN)/python tests/bench/recovery.py --results tests/bench/results
+
+soak: install  ## 30 minutes of faults; must come out as if nothing had happened (needs root)
+	$(BIN)/python tests/bench/soak.py
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info

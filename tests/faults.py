@@ -6,6 +6,7 @@ recovery(lines, at)                # lines: Line(step, attempt, time), in any or
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Line", "Recovery", "agent_of", "driver_of", "journal", "recovery", "step_lines"]
+__all__ = ["Line", "Recovery", "StepTail", "agent_of", "driver_of", "journal", "recovery", "step_lines"]
 
 
 def agent_of(worker: int) -> int:
@@ -58,6 +59,26 @@ class Line:
 def step_lines(run: Path) -> list[Line]:
     """steps.jsonl, lines of steps trained twice included."""
     return [Line(line["step"], line["attempt"], line["time"]) for line in journal(run, "steps")]
+
+
+class StepTail:
+    """The same for a long run: each call reads only what was added since the last."""
+
+    def __init__(self, run: Path) -> None:
+        self._path, self._offset = run / "steps.jsonl", 0
+        self._lines: list[Line] = []
+
+    def lines(self) -> list[Line]:
+        """All lines so far."""
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as source:
+            source.seek(self._offset)
+            added, _, _ = source.read().rpartition(b"\n")
+            self._offset += len(added) + bool(added)
+            for text in added.splitlines():
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    self._lines.append(Line(line["step"], line["attempt"], line["time"]))
+        return self._lines
 
 
 @dataclass(frozen=True)
