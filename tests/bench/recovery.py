@@ -4,8 +4,9 @@
                                    [--bound 120] [--results DIR] [--json]
 
 An MLP of 1.3 million parameters under ZeRO-1 on CPU, batch 128, steps padded to 20 ms, a checkpoint every 20 steps.
-`start` and `kill` are 2 workers on this machine; `lab` is 3 hosts of one slot each, elastic between 2 and 3 workers
-(needs root and iproute2); `stall` is how long a checkpoint holds the training up, against `engine.save_checkpoint`.
+`start` and `kill` are 2 workers on this machine; `lab`, or one of `lab_kill,cut,hang,join`, is 3 hosts of one slot
+each, elastic between 2 and 3 workers (needs root and iproute2); `stall` is how long a checkpoint holds the training
+up, against `engine.save_checkpoint`.
 "Ray Train" is TorchTrainer with DeepSpeed in its function as documented; "tuned" has shorter polls and timeouts.
 Seconds count from the fault to the end of the first step that nobody had made before; medians of the rounds.
 """
@@ -140,9 +141,9 @@ LAB_FAULTS: dict[str, tuple[int, Callable[[Run, Place], None]]] = {
 }
 
 
-def measure_lab(found: Found, peer: str, directory: Path, pad: float) -> None:
+def measure_lab(found: Found, peer: str, directory: Path, pad: float, parts: set[str]) -> None:
     for measure, (hosts, fault) in LAB_FAULTS.items():
-        if found.gave_up(measure, peer):
+        if measure not in parts or found.gave_up(measure, peer):
             continue
         place_of = several_hosts(ray_settings(peer), hosts)
         with (
@@ -194,6 +195,8 @@ def _bare_saves(directory: Path, saves: int) -> list[float]:
 
 def measure(options: argparse.Namespace) -> tuple[Found, dict[str, Any]]:
     parts, peers = set(options.parts.split(",")), options.peers.split(",")
+    if "lab" in parts:
+        parts |= set(LAB_FAULTS)
     found = Found(options.bound)
     bare = task.measure_step()
     pad = max(0.0, task.STEP_SECONDS - bare)
@@ -206,8 +209,7 @@ def measure(options: argparse.Namespace) -> tuple[Found, dict[str, Any]]:
                 directory = root / f"{peer}-{number}"
                 if parts & {"start", "kill"}:
                     measure_one_machine(found, peer, directory, pad, parts)
-                if "lab" in parts:
-                    measure_lab(found, peer, directory, pad)
+                measure_lab(found, peer, directory, pad, parts)
             if "stall" in parts:
                 measure_stall(found, root / f"stall-{number}", saves=20)
     return found, {"bare_step_ms": round(1000 * bare, 2), "padding_ms": round(1000 * pad, 2)}
