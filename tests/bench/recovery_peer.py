@@ -31,8 +31,9 @@ TUNED_ENV = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-# Seconds after which a collective operation fails (default 1800), and between looks for more workers (60).
-TUNED_COLLECTIVE_SECONDS = 10
+# Seconds after which a collective operation fails (default 1800; the rendezvous of a start has to fit in too), and
+# between looks for more workers (60).
+TUNED_COLLECTIVE_SECONDS = 30
 TUNED_RESIZE_SECONDS = 5.0
 
 
