@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # pip's hundreds of lines as one that counts.
 COUNT := awk '/^Collecting|^Installing/ {n++; printf "\r  %d packages", n} /ERROR/ {print} END {print ""}'
 
-.PHONY: help install demo check test test-all bench bench-data clean
+.PHONY: help install demo check test test-all bench bench-data bench-recovery soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,10 +38,10 @@ check: install  ## format, lint, types, import directions
 
 test: install  ## the tests that need nothing but this machine
 	$(BIN)/python -m pytest -q tests/unit -n 2
-	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not servers'
+	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not (servers or lab or soak)'
 
-test-all: install  ## and those that need servers (S3): .ci/run installs them
-	$(BIN)/python -m pytest -q tests/e2e -m servers
+test-all: install  ## and those that need a server (S3), several hosts or minutes: .ci/run installs what they need
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m 'servers or lab or soak'
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py
@@ -49,6 +49,13 @@ bench: install  ## what dltrain costs against a bare DeepSpeed loop
 bench-data: install  ## how fast batches arrive, against Ray Data, a DataLoader and the store: tests/bench/results
 	@$(PIP) -e '.[bench]' | $(COUNT)
 	@$(BIN)/python tests/bench/data.py --results tests/bench/results
+
+bench-recovery: install  ## seconds from a fault to the next new step, beside Ray Train (20 minutes; the lab needs root)
+	@$(PIP) -e '.[bench]' | $(COUNT)
+	@$(BIN)/python tests/bench/recovery.py --results tests/bench/results
+
+soak: install  ## 30 minutes of faults; must come out as if nothing had happened (needs root)
+	@$(BIN)/python tests/bench/soak.py
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info

@@ -18,10 +18,13 @@ settings.load_profile("dltrain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the S3 server is left to `make test-all`."""
+    """Whatever asks for the S3 server or for several hosts is left to `make test-all`."""
     for item in items:
-        if "s3" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "s3" in names:
             item.add_marker(pytest.mark.servers)
+        if "several_hosts" in names:
+            item.add_marker(pytest.mark.lab)
 
 
 @pytest.fixture(scope="session")

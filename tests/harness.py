@@ -95,9 +95,11 @@ class Done:
         return value
 
 
-def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Starts `dltrain ...` from the tests' directory, where `tasks` is."""
-    return subprocess.Popen(
+def start(
+    *arguments: str, env: dict[str, str] | None = None, popen: Callable[..., Any] = subprocess.Popen
+) -> subprocess.Popen[str]:
+    """Starts `dltrain ...` from the tests' directory, where `tasks` is; `popen` may start it on another host."""
+    process: subprocess.Popen[str] = popen(
         [DLTRAIN, *arguments],
         cwd=ROOT / "tests",
         env={**os.environ, **(env or {})},
@@ -105,6 +107,7 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+    return process
 
 
 def finish(process: subprocess.Popen[str]) -> Done:

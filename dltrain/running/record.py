@@ -49,7 +49,8 @@ class Record:
         self.name = spec.name
         before = read_json(run.store, "ledger.json") or {}
         seconds = dict(before.get("seconds", {}))
-        _book_gap(seconds, read_json(run.store, "state.json"))
+        # What has passed since this launch is the ledger's to book.
+        _book_gap(seconds, read_json(run.store, "state.json"), time.time() - (time.monotonic() - launched))
         self.ledger = Ledger(launched, seconds)
         self.counters: dict[str, float] = dict(before.get("counters", {}))
         self.total_restarts = int(before.get("restarts", 0))
@@ -342,8 +343,8 @@ class Record:
                 handle.close()
 
 
-def _book_gap(seconds: dict[str, float], state: Mapping[str, Any] | None) -> None:
-    """The time since a driver died is recovery; after a clean end the clock stood still."""
+def _book_gap(seconds: dict[str, float], state: Mapping[str, Any] | None, launched: float) -> None:
+    """The time from a driver's death to the next launch is recovery; after a clean end the clock stood still."""
     if state and state["state"] not in ("finished", "stopped", "failed"):
-        gap = max(0.0, time.time() - float(state["heartbeat"]))
+        gap = max(0.0, launched - float(state["heartbeat"]))
         seconds["recovering"] = seconds.get("recovering", 0.0) + gap

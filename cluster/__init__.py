@@ -1,0 +1,1 @@
+"""What dltrain runs on: a lab of several hosts on one machine."""

@@ -1,0 +1,165 @@
+"""Several hosts on one Linux machine: network namespaces with an address each, joined by a switch.
+
+    network = Network("lab1a2b3c")
+    network.up(); network.plug(0); network.plug(1)
+    network.run(0, ["ip", "address"])
+    network.cut(1); network.join(1); network.slow(1, mbit=100, latency_ms=50)
+    network.down()
+
+The switch is a bridge in a namespace of its own: the machine's own network is not touched, so any number of labs
+can have the same addresses at once. Files, process ids and shared memory are common to all hosts. Needs root and
+iproute2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+
+__all__ = ["LabError", "Network", "address_of", "all_networks", "what_is_missing"]
+
+_NAME = re.compile(r"^(lab[0-9a-f]{6})-\w+$")
+_SUBNET = "10.77.0"
+_KILL_SECONDS = 10.0
+
+
+class LabError(RuntimeError):
+    """The lab can't do what was asked."""
+
+
+def what_is_missing() -> str:
+    """Why there can be no lab on this machine; empty when there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    programs = [name for name in ("ip", "tc") if shutil.which(name) is None]
+    if programs:
+        return f"{' and '.join(programs)} not found: apt-get install iproute2"
+    probe = f"probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return ""
+
+
+def address_of(index: int) -> str:
+    """A host's address."""
+    return f"{_SUBNET}.{index + 2}"
+
+
+def all_networks() -> list[str]:
+    """Names of the networks that are up on this machine."""
+    found = (_NAME.match(line) for line in _ip("netns", "list").splitlines() if line)
+    return sorted({match[1] for match in found if match})
+
+
+class Network:
+    """A switch and the hosts plugged into it.
+
+    Args:
+        name: "lab" and six hexadecimal digits; unique on the machine.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._switch = f"{name}-switch"
+
+    def up(self) -> None:
+        """Makes the switch."""
+        _ip("netns", "add", self._switch)
+        _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", self._switch, "address", "add", f"{_SUBNET}.1/24", "dev", "bridge")
+        _ip("-n", self._switch, "link", "set", "bridge", "up")
+
+    def plug(self, index: int) -> str:
+        """Makes host `index` (0 to 252) and plugs it in; returns its address."""
+        space, port, address = self.namespace(index), f"port{index}", address_of(index)
+        _ip("netns", "add", space)
+        _ip("link", "add", port, "netns", self._switch, "type", "veth", "peer", "name", "eth0", "netns", space)
+        _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
+        _ip("-n", space, "address", "add", f"{address}/24", "dev", "eth0")
+        _ip("-n", space, "link", "set", "lo", "up")
+        _ip("-n", space, "link", "set", "eth0", "up")
+        # Ray and gloo learn their address from the route to the world outside.
+        _ip("-n", space, "route", "add", "default", "via", f"{_SUBNET}.1")
+        return address
+
+    def namespace(self, index: int) -> str:
+        """The name of a host's namespace."""
+        return f"{self.name}-{index}"
+
+    def hosts(self) -> list[int]:
+        """The hosts that are plugged in."""
+        found = (line.split()[0].rpartition("-") for line in _ip("netns", "list").splitlines() if line)
+        return sorted(int(index) for name, _, index in found if name == self.name and index.isdigit())
+
+    def command(self, index: int, command: Sequence[str]) -> list[str]:
+        """The command line that runs `command` on a host; the process id is that of `command`."""
+        return ["ip", "netns", "exec", self.namespace(index), *command]
+
+    def cut(self, index: int) -> None:
+        """Pulls the cable out at the switch: the host keeps its address and talks to itself, as a real one does."""
+        _ip("-n", self._switch, "link", "set", f"port{index}", "down")
+
+    def join(self, index: int) -> None:
+        """Puts the cable back."""
+        _ip("-n", self._switch, "link", "set", f"port{index}", "up")
+
+    def slow(self, index: int, mbit: float, latency_ms: float) -> None:
+        """Limits both directions of a cable; packets wait up to `latency_ms` for their turn. 0 Mbit: no limit."""
+        for space, device in ((self.namespace(index), "eth0"), (self._switch, f"port{index}")):
+            if not mbit:
+                _run("tc", "-n", space, "qdisc", "del", "dev", device, "root", check=False)
+                continue
+            limit = ["rate", f"{mbit:g}mbit", "burst", "32kbit", "latency", f"{latency_ms:g}ms"]
+            _run("tc", "-n", space, "qdisc", "replace", "dev", device, "root", "tbf", *limit)
+
+    def pids(self, index: int) -> list[int]:
+        """The processes that run on a host."""
+        return _pids(self.namespace(index))
+
+    def kill(self, index: int) -> None:
+        """Ends every process of a host at once."""
+        _kill_all(self.namespace(index))
+
+    def down(self) -> None:
+        """Ends every process of every host and takes the network away; nothing happens when there is none."""
+        mine = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(f"{self.name}-")]
+        for space in mine:
+            _kill_all(space)
+        for space in mine:
+            # Its interfaces go with it.
+            _ip("netns", "del", space)
+
+
+def _pids(space: str) -> list[int]:
+    # A process may end while the list is made: that is not an error.
+    return [int(pid) for pid in _run("ip", "netns", "pids", space, check=False).split()]
+
+
+def _kill_all(space: str) -> None:
+    deadline = time.monotonic() + _KILL_SECONDS
+    while pids := _pids(space):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise LabError(f"processes {pids} in namespace {space} do not end")
+        time.sleep(0.02)
+
+
+def _ip(*arguments: str) -> str:
+    return _run("ip", *arguments)
+
+
+def _run(*command: str, check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
