@@ -30,7 +30,7 @@ def spec_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(5, id="5 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.servers)]
+    "kills", [pytest.param(5, id="5 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.soak)]
 )
 def test_killed_at_random_moments(tmp_path: Path, ray_address: str, kills: int) -> None:
     write_data(tmp_path / "train")
