@@ -170,7 +170,8 @@ class Windows:
     def _forget(self, slot: _Slot) -> None:
         if slot.future and not slot.taken:
             slot.future.cancel()
-        slot.taken = True
+        # It may still lie in the heap; its rows need not.
+        slot.taken, slot.future = True, None
 
     def _needed_at(self, epoch: int, lane: int, window: int) -> float:
         """The position of the window's first item: all lanes' windows in the order they are needed."""
