@@ -215,6 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: errors of ours become a message and their exit code, without a traceback."""
     try:
         _main(arguments)
+    except SystemExit as end:
+        cluster = sys.modules.get("dltrain.running.cluster")
+        if cluster and cluster.head_is_gone:
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise
     except BrokenPipeError:
         # `dltrain list | head`: nobody reads on. Not by SIGPIPE's default action, which would also end a run whose
         # metrics somebody stopped reading.

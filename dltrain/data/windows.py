@@ -171,11 +171,12 @@ class Windows:
         return slot.future
 
     def _forget(self, slot: _Slot) -> None:
+        # It may still lie in the heap; its rows need not.
+        begun, slot.future = slot.future, None
         if slot.taken:
             return
         slot.taken = True
-        unread = slot.future is None or slot.future.cancel()
-        if slot.fetched and unread:
+        if slot.fetched and (begun is None or begun.cancel()):
             for span in slot.spans:
                 self._units.forget(span.unit)
 

@@ -71,13 +71,14 @@ class Pulse:
 
     Attributes:
         still_seconds: since the worker's last sign of life; phase: what it was at.
-        leaving: this machine is to be left.
+        leaving: this machine is to be left; prepared: a worker could start at once.
     """
 
     attempt: int
     still_seconds: float
     phase: str
     leaving: bool
+    prepared: bool
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class Agent:
         """The driver is alive: the lease begins anew."""
         self._heard, self._lease = time.monotonic(), lease_seconds
         still, phase = self._worker.still() if self._worker else (0.0, "starting")
-        return Pulse(self._attempt, still, phase, self._leaving)
+        prepared = self._standby is None or self._standby.done()
+        return Pulse(self._attempt, still, phase, self._leaving, prepared)
 
     def _watch_lease(self) -> None:
         while True:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ __all__ = ["Cluster", "Slot", "Slots", "connect"]
 _HELLO_SECONDS = 5.0
 # A machine that was asked to be left is gone by then, or wants to be used again.
 _AVOID_SECONDS = 120.0
+_CLOSE_SECONDS = 15.0
+
+# Then this process must not end by way of Ray, which would wait again.
+head_is_gone = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,17 @@ def connect(address: str | None) -> Iterator[Cluster]:
         has = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Cluster(private, has.get("CPU", 0.0), has.get("GPU", 0.0))
     finally:
-        ray.shutdown()
+        _within(_CLOSE_SECONDS, ray.shutdown)
+
+
+def _within(seconds: float, close: Callable[[], object]) -> None:
+    """Calls it, for no longer than that: Ray waits for ever for a head that is gone."""
+    thread = threading.Thread(target=close, name="dltrain-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        global head_is_gone
+        head_is_gone = True
 
 
 class Slots:
@@ -207,9 +222,12 @@ class Slots:
         """Ends the agents' processes and gives everything back."""
         import ray
 
-        closing = [slot.agent.close.remote() for slot in self.slots]
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.wait(closing, num_returns=len(closing), timeout=5) if closing else None
-        for group, agent in [*self._pending.values(), *((s.group, s.agent) for s in self.slots)]:
-            ray.kill(agent)
-            self._release(group)
+        def close() -> None:
+            closing = [slot.agent.close.remote() for slot in self.slots]
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.wait(closing, num_returns=len(closing), timeout=5) if closing else None
+            for group, agent in [*self._pending.values(), *((s.group, s.agent) for s in self.slots)]:
+                ray.kill(agent)
+                self._release(group)
+
+        _within(_CLOSE_SECONDS, close)

@@ -235,7 +235,6 @@ class Driver:
         if slots != known or final:
             before = self._life.state
             event = events.Placed(slots, final)
-            # What is no news is not logged.
             self._handle(event) if slots != known else self._do(self._life.handle(event, self._clock()))
             if self._life.state == "waiting" and before != "waiting":
                 self._record.ledger.enter("waiting_for_capacity", self._clock())
@@ -309,8 +308,7 @@ class Driver:
             return
         for event in group.poll():
             if group is not self._group:
-                # The attempt ended with the event before.
-                break
+                break  # It ended with the event before.
             if isinstance(event, events.AgentLost):
                 self._slots.lose(group.slots[event.rank])
             self._take(event)
@@ -334,7 +332,9 @@ class Driver:
 
     def _grow(self) -> None:
         self._slots.want(self._life.max_workers)
-        slots, now = len(self._slots.ready(0.0)), self._clock()
+        # One whose worker is still importing would have the others wait for it.
+        pulses = [self._heart.pulse(slot) for slot in self._slots.ready(0.0)]
+        slots, now = sum(bool(pulse and pulse.prepared) for pulse in pulses), self._clock()
         if slots <= self._life.num_ranks:
             self._grow_since = now
         elif now - self._grow_since > _GROW_GRACE_SECONDS or slots >= self._life.max_workers:
