@@ -44,7 +44,7 @@ test-all: install  ## and those that need a server (S3), several hosts or minute
 	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m 'servers or lab or soak'
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
-	$(BIN)/python tests/bench/overhead.py
+	$(BIN)/python tests/bench/overhead.py --out tests/bench/results/overhead.json
 
 bench-data: install  ## how fast batches arrive, against Ray Data, a DataLoader and the store: tests/bench/results
 	@$(PIP) -e '.[bench]' | $(COUNT)

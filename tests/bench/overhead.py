@@ -1,6 +1,6 @@
 """What dltrain costs: the same model on the same data, by a bare DeepSpeed loop and by dltrain, in one run.
 
-    python tests/bench/overhead.py [--steps 300] [--rounds 5] [--json]
+    python tests/bench/overhead.py [--steps 300] [--rounds 5] [--json] [--out FILE]
 
 Prints hardware and versions, steps per second of both, their ratio, and the seconds from launching
 `dltrain run` to its first optimizer step with Ray already up. The two take turns, and the ratio is the median of
@@ -246,6 +246,8 @@ def main() -> None:
     print(f"dltrain:        {found['dltrain_steps_per_second']} steps/s, ratio {found['ratio']}, ", end="")
     print(f"{found['ratio_with_our_malloc_settings']} to the loop with the same malloc settings")
     print(f"launch to first step, Ray up: {found['first_step_seconds_each']} s")
+    if options.out:
+        options.out.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), **found}, indent=2) + "\n")
     if options.json:
         print(json.dumps(found))
 
