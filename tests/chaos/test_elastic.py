@@ -95,21 +95,24 @@ def test_a_worker_that_hangs_is_replaced_and_its_stack_is_told(tmp_path: Path, r
 
 def test_a_run_grows_when_there_is_room_and_no_step_is_made_twice(tmp_path: Path, ray_address: str, hold: Any) -> None:
     write_data(tmp_path / "train")
-    spec = make_spec(tmp_path, args={"seconds": 0.1}, train={"steps": 60}, workers={"min": 1, "max": 3})
-    whole = undisturbed(tmp_path, ray_address, spec)
+    # Until it has grown it trains; then it is stopped.
+    spec = make_spec(tmp_path, args={"seconds": 0.1}, train={"steps": 3000}, workers={"min": 1, "max": 3})
     run = tmp_path / "runs" / "tiny"
     holder = hold(2)
     process = start("run", str(write_spec(tmp_path, spec)), "--json", "--address", ray_address)
     wait_for_step(run, 5, process)
     assert state(run)["world_size"] == 2
     give_back(holder)
+    wait_for(lambda: state(run)["world_size"] == 3 and state(run)["state"] == "running", process)
+    wait_for_step(run, state(run)["step"] + 10, process)
+    process.send_signal(signal.SIGTERM)
     done = harness.finish(process)
-    assert done.code == 0, done.err
+    assert done.code == 143, done.err
     assert done.json["restarts"] == 0
     assert starts(run) == [(2, False), (3, True)]
     lines = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 61))
-    same_run(run, whole)
+    assert lines == list(range(1, done.json["steps"] + 1))
+    same_run(run, undisturbed(tmp_path, ray_address, {**spec, "train": {"steps": done.json["steps"]}}))
 
 
 def test_below_the_minimum_it_waits_and_the_wait_is_no_loss_of_goodput(
