@@ -25,17 +25,17 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
 from dltrain.checkpoint.commit import write_rank
-from dltrain.errors import DltrainError
-from dltrain.observing.reports import Anchor, Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
+from dltrain.errors import CheckpointError
+from dltrain.observing.reports import Anchor, Done, Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
 from dltrain.running import diagnose
 from dltrain.running.events import Event, Exited
 from dltrain.running.holdings import Holdings
-from dltrain.running.messages import Bytes, Command, Hello, Holding, Slots, Unpin, Want
+from dltrain.running.messages import Bye, Bytes, Command, Hello, Holding, Leavings, Pulse, Slots, Unpin, Want
 from dltrain.running.nursery import make_nursery
 from dltrain.store import open_store
 from dltrain.training.plan import RankJob
 
-__all__ = ["Agent", "Leavings", "LogLine", "Pulse", "SlotInfo"]
+__all__ = ["Agent", "LogLine", "SlotInfo"]
 
 _TAIL_LINES = 30
 _DRAIN_SECONDS = 0.1
@@ -63,30 +63,6 @@ class SlotInfo:
     interface: str
     gpus: tuple[str, ...]
     pid: int
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """An agent's answer to the driver's heartbeat: how its worker is.
-
-    Attributes:
-        still_seconds: since the worker's last sign of life; phase: what it was at.
-        leaving: this machine is to be left; prepared: a worker could start at once.
-    """
-
-    attempt: int
-    still_seconds: float
-    phase: str
-    leaving: bool
-    prepared: bool
-
-
-@dataclass(frozen=True)
-class Leavings:
-    """What is left of an attempt: reports that were not asked for yet, and snapshots."""
-
-    reports: list[StepReport]
-    holdings: list[Holding]
 
 
 class Agent:
@@ -193,7 +169,9 @@ class Agent:
     def beat(self, lease_seconds: float) -> Pulse:
         """The driver is alive: the lease begins anew."""
         self._heard, self._lease = time.monotonic(), lease_seconds
-        still, phase = self._worker.still() if self._worker else (0.0, "starting")
+        # One that is done waits for nothing but its upload.
+        busy = self._worker if self._worker and not self._worker.is_done else None
+        still, phase = busy.still() if busy else (0.0, "starting")
         prepared = self._standby is None or self._standby.done()
         return Pulse(self._attempt, still, phase, self._leaving, prepared)
 
@@ -268,6 +246,11 @@ class Agent:
                 self._save(worker, report)
             case Anchor():
                 self._anchor(worker, report)
+            case Done():
+                # What is said before it has been taken in.
+                worker.is_done = True
+                worker.send(Bye())
+                self._push_event(report)
             case Want():
                 threading.Thread(target=self._fetch, args=(worker, report), daemon=True).start()
             case _:
@@ -333,7 +316,7 @@ class Agent:
         try:
             file, meta = self._write(wanted, job)
             event = Saved(wanted.rank, wanted.step, wanted.position, file, time.monotonic() - begin, meta)
-        except (OSError, DltrainError) as error:
+        except Exception as error:  # whatever it is, the driver waits for an answer
             reason = f"{type(error).__name__}: {error}"
             event = SaveFailed(wanted.rank, wanted.step, reason, time.monotonic() - begin)
         self._uploading -= 1
@@ -343,7 +326,8 @@ class Agent:
 
     def _write(self, wanted: SaveWanted, job: RankJob) -> tuple[dict[str, Any], dict[str, Any]]:
         slots = self._holdings.mine()
-        assert slots is not None
+        if slots is None:
+            raise CheckpointError("the memory of the worker's snapshots is gone")
         data = self._holdings.slot_bytes(wanted.slot)
         file = write_rank(open_store(job.checkpoints), wanted.step, job.attempt, job.rank, data)
         meta = {"optimizer_step": wanted.applied, "whole": slots.whole, "ties": dict(slots.ties)}
@@ -360,7 +344,7 @@ class _Worker:
     """A worker process, the pipe to it, and the threads that listen to it."""
 
     def __init__(self, take: Callable[[Connection, int, int], Any], push: Callable[[_Worker, Any], None]) -> None:
-        self.rank, self.killed = -1, False
+        self.rank, self.killed, self.is_done = -1, False, False
         self._push = push
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._sign = diagnose.SignOfLife()

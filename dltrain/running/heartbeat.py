@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dltrain.running.agent import Pulse
+from dltrain.running.messages import Pulse
 
 __all__ = ["Heartbeat"]
 

@@ -1,4 +1,4 @@
-"""What a worker and its agent say to each other besides reports; plain values, picklable, no torch."""
+"""What workers, agents and the driver say to each other besides reports; plain values, picklable, no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Bytes", "Command", "Hello", "Holding", "Slots", "Unpin", "Want"]
+from dltrain.observing.reports import StepReport
+
+__all__ = ["Bye", "Bytes", "Command", "Hello", "Holding", "Leavings", "Pulse", "Slots", "Unpin", "Want"]
 
 
 # ---- to the worker ----
@@ -24,6 +26,11 @@ class Unpin:
     """A slot's snapshot has been uploaded: it may be written again."""
 
     slot: int
+
+
+@dataclass(frozen=True)
+class Bye:
+    """Everything that the worker said has been heard, and its memory is held: it may end."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +98,30 @@ class Slots:
     parts: list[list[Any]]
     whole: list[str]
     ties: Mapping[str, str]
+
+
+# ---- to the driver ----
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """An agent's answer to the driver's heartbeat: how its worker is.
+
+    Attributes:
+        still_seconds: since the worker's last sign of life; phase: what it was at.
+        leaving: this machine is to be left; prepared: a worker could start at once.
+    """
+
+    attempt: int
+    still_seconds: float
+    phase: str
+    leaving: bool
+    prepared: bool
+
+
+@dataclass(frozen=True)
+class Leavings:
+    """What is left of an attempt: reports that were not asked for yet, and snapshots."""
+
+    reports: list[StepReport]
+    holdings: list[Holding]

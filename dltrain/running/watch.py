@@ -10,10 +10,10 @@ import contextlib
 from collections import deque
 
 from dltrain.observing.reports import StepReport
-from dltrain.running.agent import Pulse
 from dltrain.running.events import Hung
 from dltrain.running.group import Group
 from dltrain.running.heartbeat import Heartbeat
+from dltrain.running.messages import Pulse
 from dltrain.running.recovery import buddies
 from dltrain.spec import FaultsSpec
 

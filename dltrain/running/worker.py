@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from dltrain.errors import RunFailedError, UserError
 from dltrain.observing.reports import Note, Raised, StepReport
 from dltrain.running.blackbox import BlackBox
-from dltrain.running.messages import Bytes, Command, Hello, Unpin, Want
+from dltrain.running.messages import Bye, Bytes, Command, Hello, Unpin, Want
 from dltrain.training.plan import RankJob
 
 __all__ = ["die_with", "import_slow_things", "main", "serve"]
@@ -118,6 +118,7 @@ class _Link:
         self._connection, self._box = connection, box
         self._bytes: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.wish = ""
+        self._over = threading.Event()
         self.loop: Any = None
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -135,7 +136,17 @@ class _Link:
             raise RunFailedError(f"the snapshot {name} can't be read any more: its agent is gone")
         return found
 
+    def wait_for_bye(self) -> None:
+        """Until the agent holds this process's memory open: with the process it would be gone."""
+        self._over.wait()
+
     def _listen(self) -> None:
+        try:
+            self._hear()
+        finally:
+            self._over.set()
+
+    def _hear(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 match self._connection.recv():
@@ -146,6 +157,8 @@ class _Link:
                             self.loop.unpin(slot)
                     case Bytes(data):
                         self._bytes.put(data)
+                    case Bye():
+                        self._over.set()
 
 
 def _run(job: RankJob, connection: Connection) -> int:
@@ -161,6 +174,7 @@ def _run(job: RankJob, connection: Connection) -> int:
         loop = link.loop = Loop(job, task, device, wish=lambda: link.wish, alive=box.alive, ask=link.ask)
         for report in loop.run():
             link.send(report)
+        link.wait_for_bye()
     except BaseException as error:
         link.send(_raised(job, loop, error))
         return 1
