@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -77,7 +76,8 @@ class Agent:
         self._events: collections.deque[Event | LogLine] = collections.deque()
         self._wake = threading.Condition()
         self._urgent = False
-        self._attempt = 0
+        self._attempt = self._ended = 0
+        self._lives = threading.Lock()
         self._heard, self._lease = time.monotonic(), float("inf")
         self._leaving = False
         self._nursery = make_nursery(device, num_threads)
@@ -118,14 +118,23 @@ class Agent:
         Args:
             others: name of a rank's file in memory -> the agent of another node that holds it, and its rank and step.
         """
-        worker = self._standby.result() if self._standby else self._spawn()
-        self._standby = None
+        standby, self._standby = self._standby, None
+        worker = standby.result() if standby else self._spawn()
         if not worker.child.alive():
             worker = self._spawn()
-        self._others, self._buddy = others or {}, None
+        with self._lives:
+            return self._begin(worker, job, others or {})
+
+    def _begin(self, worker: _Worker, job: RankJob, others: Mapping[str, Any]) -> int:
+        if job.attempt <= self._ended:
+            worker.kill()
+            raise RuntimeError(f"attempt {job.attempt} has been ended")
+        if self._worker:
+            self._worker.kill()
+        self._others, self._buddy = others, None
         self._worker, self._attempt, self._job = worker, job.attempt, job
         self._heard = time.monotonic()
-        worker.rank = job.rank
+        worker.begin(job.rank)
         with contextlib.suppress(OSError):  # it died: its exit is the news
             worker.connection.send(job)
         return int(worker.child.pid)
@@ -146,12 +155,17 @@ class Agent:
         if self._worker:
             self._worker.send(Command(command))
 
-    def kill(self) -> Leavings:
-        """Ends the worker at once; returns what it left."""
-        if self._worker:
-            self._worker.kill()
-            self._worker = None
+    def kill(self, attempt: int) -> Leavings:
+        """Ends the worker at once, and this attempt for good; returns what it left."""
+        with self._lives:
+            self._ended = max(self._ended, attempt)
+            worker, self._worker = self._worker, None
+            if worker:
+                worker.kill()
         with self._wake:
+            # Who polls has nothing to wait for.
+            self._urgent = True
+            self._wake.notify_all()
             left = [event for event in self._events if isinstance(event, StepReport)]
             self._events.clear()
         return Leavings(left, self._holdings.all())
@@ -170,9 +184,9 @@ class Agent:
         """The driver is alive: the lease begins anew."""
         self._heard, self._lease = time.monotonic(), lease_seconds
         # One that is done waits for nothing but its upload.
-        busy = self._worker if self._worker and not self._worker.is_done else None
-        still, phase = busy.still() if busy else (0.0, "starting")
-        prepared = self._standby is None or self._standby.done()
+        worker, standby = self._worker, self._standby
+        still, phase = worker.still() if worker and not worker.is_done else (0.0, "starting")
+        prepared = standby is None or standby.done()
         return Pulse(self._attempt, still, phase, self._leaving, prepared)
 
     def _watch_lease(self) -> None:
@@ -239,7 +253,7 @@ class Agent:
             case Hello():
                 worker.watch(report.box_fd)
             case SlotsMade():
-                self._holdings.open(_slots_of(report, worker, self._attempt), mine=True)
+                self._holdings.open(Slots.made(report, self._attempt, worker.child.pid, worker.box_fd), mine=True)
                 self._push_event(report)
             case SaveWanted():
                 self._push_event(report)
@@ -273,7 +287,7 @@ class Agent:
         agent, attempt, rank, step = self._others[want.name]
         data = None
         with contextlib.suppress(ray.exceptions.RayError):
-            data = ray.get(agent.read.remote(attempt, rank, step, want.start, want.end))
+            data = ray.get(agent.read.remote(attempt, rank, step, want.start, want.end), timeout=_COPY_SECONDS)
         worker.send(Bytes(data))
 
     def _anchor(self, worker: _Worker, anchor: Anchor) -> None:
@@ -334,12 +348,6 @@ class Agent:
         return {**file, "parts": slots.parts}, meta if job.rank == 0 else {}
 
 
-def _slots_of(made: SlotsMade, worker: _Worker, attempt: int) -> Slots:
-    fields = dataclasses.asdict(made)
-    rank, fds = fields.pop("rank"), list(fields.pop("fds"))
-    return Slots(attempt, rank, worker.child.pid, fds, worker.box_fd, **fields)
-
-
 class _Worker:
     """A worker process, the pipe to it, and the threads that listen to it."""
 
@@ -373,6 +381,11 @@ class _Worker:
         """Its black box is there: it is the sign of life."""
         self.box_fd = box_fd
         self._sign.open(self.child.pid, box_fd)
+
+    def begin(self, rank: int) -> None:
+        """It is given a job."""
+        self.rank = rank
+        self._sign.begin()
 
     def still(self) -> tuple[float, str]:
         """Seconds since it gave a sign of life, and what it was at."""
@@ -413,6 +426,8 @@ class _Worker:
 
     def _watch(self) -> None:
         code = self.child.wait()
+        # Its children hold its pipes open.
+        self.end()
         # What it said before its end comes first.
         for thread in self._listeners:
             thread.join(timeout=2)

@@ -22,10 +22,10 @@ from dltrain.spec import WorkersSpec
 
 __all__ = ["Cluster", "Slot", "Slots", "connect"]
 
-_HELLO_SECONDS = 5.0
 # A machine that was asked to be left is gone by then, or wants to be used again.
 _AVOID_SECONDS = 120.0
 _CLOSE_SECONDS = 15.0
+_ASK_AGAIN_SECONDS = 5.0
 
 # Then this process must not end by way of Ray, which would wait again.
 head_is_gone = False
@@ -117,6 +117,7 @@ class Slots:
         self.slots: list[Slot] = []
         # node -> until when nothing is placed there
         self._avoided: dict[str, float] = {}
+        self._not_before = 0.0
 
     @property
     def device(self) -> str:
@@ -128,6 +129,8 @@ class Slots:
 
         One group each: a group of many bundles is all or nothing, and says nothing about what is missing.
         """
+        if time.monotonic() < self._not_before:
+            return
         for _ in range(count - len(self.slots) - len(self._pending)):
             self._ask()
 
@@ -173,6 +176,7 @@ class Slots:
             return
         if time.monotonic() < self._avoided.get(slot.info.node_id, 0.0):
             self._give_back(slot)
+            self._not_before = time.monotonic() + _ASK_AGAIN_SECONDS
         else:
             self.slots.append(slot)
 
@@ -201,17 +205,6 @@ class Slots:
             ray.wait([slot.agent.close.remote()], timeout=5)
         ray.kill(slot.agent)
         self._release(slot.group)
-
-    def drop_dead(self) -> None:
-        """Gives up every slot whose agent does not answer any more."""
-        import ray
-
-        asked = {slot.agent.hello.remote(): slot for slot in self.slots}
-        for ref, slot in asked.items():
-            try:
-                ray.get(ref, timeout=_HELLO_SECONDS)
-            except ray.exceptions.RayError:
-                self.lose(slot)
 
     def _release(self, group: Any) -> None:
         from ray.util import remove_placement_group

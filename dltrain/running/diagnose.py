@@ -36,6 +36,10 @@ class SignOfLife:
         self._fd, self._pid = -1, 0
         self._count, self._since = -1, clock()
 
+    def begin(self) -> None:
+        """From now on it should move."""
+        self._since = self._clock()
+
     def open(self, pid: int, fd: int) -> None:
         """The box is there."""
         with contextlib.suppress(OSError):
@@ -43,9 +47,12 @@ class SignOfLife:
 
     def still(self) -> tuple[float, str]:
         """Seconds since it was last seen to have moved, and the phase it is in."""
-        if self._fd < 0:
-            return 0.0, "starting"
-        sign, now = blackbox.look(self._fd), self._clock()
+        now = self._clock()
+        try:
+            sign = blackbox.look(self._fd)
+        except OSError:
+            # Not there yet, or not any more.
+            return now - self._since, "starting"
         if sign.count != self._count:
             self._count, self._since = sign.count, now
         return now - self._since, "stopped" if _letter(self._pid) == "T" else sign.phase

@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dltrain import __version__
 from dltrain.checkpoint.slots import SlotPlace
 from dltrain.errors import StoreError
 from dltrain.observing.reports import EvalReport, Note, Raised, Saved, SaveWanted, SlotsMade, StepReport
 from dltrain.observing.view import View
 from dltrain.running import events
 from dltrain.running.agent import LogLine
-from dltrain.running.cluster import Slots, connect
+from dltrain.running.cluster import Slot, Slots, connect
 from dltrain.running.group import Group
 from dltrain.running.heartbeat import Heartbeat
-from dltrain.running.keeper import REPLACED, Claims, Keeper
+from dltrain.running.keeper import REPLACED, Claims, Keeper, patiently
 from dltrain.running.lifecycle import Lifecycle
 from dltrain.running.record import Record
 from dltrain.running.recovery import Point, newest_point
@@ -71,6 +70,8 @@ class Driver:
         self._life = Lifecycle(workers.min, workers.max, spec.faults.restarts_per_hour)
         self._ended: events.End | None = None
         self._signal: int | None = None
+        self._signal_told = False
+        self._resume: dict[str, Any] | None = None
         self._group: Group | None = None
         keep, is_replaced = spec.checkpoint.keep, self._run.is_replaced
         self._keeper = Keeper(self._run.checkpoints, keep, is_replaced, lambda text: view.say(text, "warn"))
@@ -132,6 +133,7 @@ class Driver:
     def _make_plan(self) -> None:
         self._plan, changes, is_new = make_plan(self._spec, self._run, self._view.say)
         self._keeper.find()
+        self._resume = self._choose()
         self._life.step = self._step
         self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
         announce(self._view, self._spec, self._run.url, self._plan, self._schedule, self._step, changes)
@@ -173,7 +175,7 @@ class Driver:
                 case events.Release():
                     self._release(action.ranks)
                 case events.Commit():
-                    self._keeper.commit(action.step, self._attempt_number, self._manifest(action.step))
+                    self._keeper.commit(action.step, self._attempt_number, self._record.manifest(action.step))
                 case events.Discard():
                     self._keeper.discard(action.step, self._attempt_number, action.reason)
                 case events.Say():
@@ -183,8 +185,7 @@ class Driver:
 
     # ---- before ----
 
-    @property
-    def _resume(self) -> dict[str, Any] | None:
+    def _choose(self) -> dict[str, Any] | None:
         """The manifest of what the next attempt goes on from: a snapshot in memory, or the last checkpoint."""
         newest = self._keeper.newest
         if self._point and (newest is None or self._point.step >= newest.step):
@@ -225,19 +226,20 @@ class Driver:
     # ---- placing and starting ----
 
     def _place(self) -> None:
+        self._slots.want(self._life.max_workers)
+        self._drop_silent()
         known = len(self._slots.slots)
-        hurry = self._life.state == "recovering" and known >= self._life.min_workers
+        hurry = self._life.may_start(self._clock()) and known >= self._life.min_workers
         slots = len(self._slots.ready(0.0 if hurry else _TURN_SECONDS))
         waited = self._clock() - self._place_since
         # What is there goes on at once; others may join it later.
         hurry = slots >= self._life.max_workers or self._life.state == "recovering"
         final = waited > (0.0 if hurry else _PLACE_GRACE_SECONDS)
         if slots != known or final:
-            before = self._life.state
             event = events.Placed(slots, final)
             self._handle(event) if slots != known else self._do(self._life.handle(event, self._clock()))
-            if self._life.state == "waiting" and before != "waiting":
-                self._record.ledger.enter("waiting_for_capacity", self._clock())
+        if self._life.state == "waiting" and self._record.ledger.state != "waiting_for_capacity":
+            self._record.ledger.enter("waiting_for_capacity", self._clock())
         patience = 0.0 if self._cluster.private else self._spec.workers.wait_seconds
         if self._life.state == "waiting" and waited > patience:
             self._do(self._life.wait_over(str(self._cluster)))
@@ -247,6 +249,9 @@ class Driver:
         import ray
 
         self._record.ledger.enter("starting", self._clock())
+        # Once: a commit that comes meanwhile must not have ranks go on from different steps.
+        self._resume = self._choose()
+        self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
         self._group = Group(self._slots.slots[:num_ranks], self._claims.next())
         self._ranks_of[self._group.attempt] = num_ranks
         saved = self._resume
@@ -261,9 +266,9 @@ class Driver:
         )
         self._watch.begin(self._group)
         try:
-            self._group.start(self._job)
+            self._group.start(self._job, self._is_silent)
         except ray.exceptions.RayError as error:
-            self._slots.drop_dead()
+            self._drop_silent()
             self._handle(events.AgentLost(0, str(error).splitlines()[0]))
 
     def _job(self, rank: int, environment: Mapping[str, str]) -> tuple[RankJob, Mapping[str, Any]]:
@@ -318,9 +323,12 @@ class Driver:
         group = self._group
         if group is None:
             return
-        for rank, reason in self._watch.silent():
+        silent = self._watch.silent()
+        for rank, _ in silent:
+            # All of them before the first is told: none of them is to be waited for.
             group.lose(rank)
             self._slots.lose(group.slots[rank])
+        for rank, reason in silent:
             self._handle(events.AgentLost(rank, reason))
         if group is self._group and (hung := self._watch.hung()):
             self._handle(hung)
@@ -329,6 +337,13 @@ class Driver:
                 self._handle(events.Drained(rank))
         if group is self._group and self._life.state == "running" and self._life.num_ranks < self._life.max_workers:
             self._grow()
+
+    def _is_silent(self, slot: Slot) -> bool:
+        return self._heart.silent_seconds(slot) > self._spec.faults.silent_seconds
+
+    def _drop_silent(self) -> None:
+        for slot in [slot for slot in self._slots.slots if self._is_silent(slot)]:
+            self._slots.lose(slot)
 
     def _grow(self) -> None:
         self._slots.want(self._life.max_workers)
@@ -351,7 +366,8 @@ class Driver:
                     self._record.ledger.enter("other", now - event.seconds)
                 self._record.step(event, now, self._schedule.total_steps)
                 self._watch.step(event)
-                self._check_replaced(event)
+                if refused := self._record.refused(event):
+                    self._handle(refused)
             case EvalReport():
                 self._record.evaluated(event, now)
             case SaveWanted():
@@ -363,23 +379,6 @@ class Driver:
             case Note():
                 self._view.say(event.text)
         self._handle(event)
-
-    def _check_replaced(self, report: StepReport) -> None:
-        allowed, found = self._spec.data.bad_rows, self._record.num_replaced
-        if report.replaced and found > allowed:
-            text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
-            self._handle(Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", ""))
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        return {
-            "zero": self._spec.engine.zero,
-            "precision": self._spec.engine.precision,
-            "global_batch": self._spec.batch.global_,
-            "plan_id": self._plan.plan_id,
-            "spec": self._spec.to_dict(),
-            "dltrain": __version__,
-            **self._record.manifest(step),
-        }
 
     def _on_committed(self, event: events.Committed, num_bytes: int) -> None:
         if event.reason == REPLACED:
@@ -394,6 +393,8 @@ class Driver:
     def _release(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
             self._slots.leave(self._leaving[rank])
+        # What these held goes with them; the step has just been saved.
+        self._point = None
 
     def _kill(self) -> None:
         now, recovering = self._clock(), self._life.state == "recovering"
@@ -415,12 +416,12 @@ class Driver:
             return
         if self._point is None and recovering:
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
-            self._keeper.find()
-        self._schedule = Schedule.of(self._spec, self._plan.num_rows, self._step, self._position)
+            patiently(self._keeper.find)
 
     def _check_stop(self) -> None:
         now = self._clock()
-        if self._signal is not None:
+        if self._signal is not None and not self._signal_told:
+            self._signal_told = True
             self._handle(events.StopRequested())
         elif now - self._stop_checked >= _STOP_CHECK_SECONDS * (1 if self._run.is_local else 10):
             self._stop_checked = now

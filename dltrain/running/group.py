@@ -23,7 +23,7 @@ __all__ = ["Group", "rank_environment"]
 # News other than steps comes at once; steps may wait: asking costs the machines that train.
 _POLL_SECONDS = 0.5
 _KILL_SECONDS = 5.0
-_START_SECONDS = 30.0
+_START_SECONDS = 300.0
 _STACK_SECONDS = 15.0
 
 
@@ -47,19 +47,24 @@ class Group:
         """The node of each rank."""
         return [slot.info.node_id for slot in self.slots]
 
-    def start(self, job: Callable[[int, Mapping[str, str]], tuple[RankJob, Mapping[str, Any]]]) -> None:
+    def start(
+        self,
+        job: Callable[[int, Mapping[str, str]], tuple[RankJob, Mapping[str, Any]]],
+        is_silent: Callable[[Slot], bool],
+    ) -> None:
         """Gives every rank its job, with a rendezvous port that nobody else uses.
+
+        Args:
+            is_silent: of a slot whose agent is not to be waited for.
 
         Raises:
             ray.exceptions.RayError: an agent is gone.
         """
-        import ray
-
-        port = ray.get(self.slots[0].agent.free_port.remote(), timeout=_START_SECONDS)
+        (port,) = _answers({self.slots[0].agent.free_port.remote(): self.slots[0]}, is_silent)
         infos = [slot.info for slot in self.slots]
         jobs = [job(rank, rank_environment(infos, rank, port)) for rank in range(len(infos))]
-        started = [s.agent.start.remote(*j) for s, j in zip(self.slots, jobs, strict=True)]
-        self.pids = ray.get(started, timeout=_START_SECONDS)
+        started = {s.agent.start.remote(*j): s for s, j in zip(self.slots, jobs, strict=True)}
+        self.pids = _answers(started, is_silent)
         for rank in range(len(infos)):
             self._ask(rank)
 
@@ -113,22 +118,36 @@ class Group:
 
         lost = [self.slots[rank] for rank in self._lost]
         there = [slot for slot in slots if slot not in lost]
-        killing = {slot.agent.kill.remote(): slot for slot in there}
+        killing = {slot.agent.kill.remote(self.attempt): slot for slot in there}
         # A question that is under way may have taken them already.
         asked = [ref for ref, rank in self._polls.items() if rank not in self._lost]
         self._polls = {}
         reports: list[StepReport] = []
         holdings: list[tuple[Slot, Holding]] = []
+        answered: list[Slot] = []
         for ref in _done([*killing, *asked], _KILL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
                 answer = ray.get(ref)
                 if ref in killing:
+                    answered.append(killing[ref])
                     reports += answer.reports
                     holdings += [(killing[ref], h) for h in answer.holdings]
                 else:
                     reports += [event for event in answer[1] if isinstance(event, StepReport)]
-        missing = [rank for rank, slot in enumerate(self.slots) if slot not in there]
-        return [*reports, *_reports_of(missing, there)], holdings
+        missing = [rank for rank, slot in enumerate(self.slots) if slot not in answered]
+        return [*reports, *_reports_of(missing, answered)], holdings
+
+
+def _answers(asked: Mapping[Any, Slot], is_silent: Callable[[Slot], bool]) -> list[Any]:
+    """All answers, waited for as long as those who owe one are alive: a cold machine may import for a minute."""
+    import ray
+
+    deadline, left = time.monotonic() + _START_SECONDS, list(asked)
+    while left:
+        _, left = ray.wait(left, num_returns=len(left), timeout=_POLL_SECONDS)
+        if any(is_silent(asked[ref]) for ref in left) or time.monotonic() > deadline:
+            raise ray.exceptions.GetTimeoutError("an agent does not answer")
+    return list(ray.get(list(asked)))
 
 
 def _reports_of(ranks: Sequence[int], slots: Sequence[Slot]) -> list[StepReport]:

@@ -96,5 +96,8 @@ class Heartbeat:
             try:
                 asked.pulse = ray.get(ref)
                 asked.heard = time.monotonic()
-            except ray.exceptions.RayError as error:
+            except ray.exceptions.RayActorError as error:
                 asked.dead = str(error).splitlines()[0]
+            except ray.exceptions.RayError:
+                # It answers, if only with an error.
+                asked.heard = time.monotonic()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from dltrain.checkpoint.commit import FORMAT, Checkpoint, commit, discard, newest_good, prune
 from dltrain.errors import StoreError
@@ -19,8 +20,10 @@ from dltrain.observing.reports import Saved
 from dltrain.running.events import Committed
 from dltrain.store import Store
 
-__all__ = ["REPLACED", "Claims", "Keeper"]
+__all__ = ["REPLACED", "Claims", "Keeper", "patiently"]
 
+T = TypeVar("T")
+_PAUSES = (1.0, 2.0, 4.0, 8.0, *[15.0] * 12)
 REPLACED = "another start of this run has taken it over"
 
 
@@ -38,10 +41,24 @@ class Claims:
         Raises:
             StoreError: the store can't be reached.
         """
-        ahead, self._ahead = self._ahead or self._thread.submit(self._claim), None
-        number = ahead.result()
+        ahead, self._ahead = self._ahead, None
+        try:
+            number = ahead.result() if ahead else patiently(self._claim)
+        except (OSError, StoreError):
+            # The store was away when it was claimed ahead.
+            number = patiently(self._claim)
         self._ahead = self._thread.submit(self._claim)
         return number
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks the store again for some minutes while it can't be reached; what is asked must bear to be repeated."""
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except (OSError, StoreError):
+            time.sleep(pause)
+    return ask()
 
 
 class Keeper:
@@ -110,8 +127,8 @@ class Keeper:
                 self._results.put((Committed(step, REPLACED), 0))
                 return
             path = commit(self._store, step, attempt, files, meta)
-        except (OSError, StoreError) as error:
-            self._discard(step, attempt, str(error))
+        except Exception as error:  # whatever it is, the lifecycle waits for an answer
+            self._discard(step, attempt, f"{type(error).__name__}: {error}")
             return
         manifest = {"format": FORMAT, "step": step, "attempt": attempt, **meta, "files": files}
         self.newest = Checkpoint(path, manifest)

@@ -117,7 +117,7 @@ class Lifecycle:
         """The only way in: changes the state and says what to do."""
         if self.state in _OVER:
             return []
-        if not isinstance(event, Tick | StepReport):
+        if not isinstance(event, Tick | StepReport | SlotsMade) and not self._is_old_news(event):
             self.log.append((now, event))
         match event:
             case Placed():
@@ -153,6 +153,10 @@ class Lifecycle:
                 pass
         return []
 
+    def _is_old_news(self, event: Event) -> bool:
+        """Slots are told again and again while they are waited for."""
+        return bool(self.log) and isinstance(event, Placed) and self.log[-1][1] == event
+
     # ---- forming a group ----
 
     def begin(self) -> list[Action]:
@@ -169,10 +173,16 @@ class Lifecycle:
             return []
         if self.slots >= self.max_workers or (event.final and self.slots >= self.min_workers):
             return self._start()
+        if event.final and self._stop_wanted:
+            return self._end("stopped")
         if event.final and self.state != "waiting":
             self.state = "waiting"
             return [Say(f"waiting for {self.min_workers} workers; the cluster has room for {self.slots}")]
         return []
+
+    def may_start(self, now: float) -> bool:
+        """Whether an attempt that ended may be followed by the next one yet."""
+        return self.state == "recovering" and now >= self._not_before
 
     def wait_over(self, capacity: str) -> list[Action]:
         """The slots did not come in time."""
@@ -257,9 +267,11 @@ class Lifecycle:
         """The step is done and saved: go on without the machines that are to be left."""
         leaving = tuple(sorted(self._leaving))
         self.slots -= len(leaving)
-        actions: list[Action] = [KillWorkers(), Release(leaving)]
+        actions: list[Action] = [KillWorkers(), Release(leaving), Place(self.max_workers)]
         if self.slots >= self.min_workers:
             return [*actions, *self._start()]
+        if self._stop_wanted:
+            return [*actions, *self._end("stopped")]
         self.state = "waiting"
         self._done.clear()
         return [*actions, Say(f"waiting for {self.min_workers} workers; there is room for {self.slots}")]

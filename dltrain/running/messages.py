@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dltrain.observing.reports import StepReport
+from dltrain.observing.reports import SlotsMade, StepReport
 
 __all__ = ["Bye", "Bytes", "Command", "Hello", "Holding", "Leavings", "Pulse", "Slots", "Unpin", "Want"]
 
@@ -98,6 +98,12 @@ class Slots:
     parts: list[list[Any]]
     whole: list[str]
     ties: Mapping[str, str]
+
+    @classmethod
+    def made(cls, report: SlotsMade, attempt: int, pid: int, box_fd: int) -> Slots:
+        """As a worker says it, with what only its agent knows."""
+        layout = report.num_bytes, report.parts, report.whole, report.ties
+        return cls(attempt, report.rank, pid, list(report.fds), box_fd, *layout)
 
 
 # ---- to the driver ----

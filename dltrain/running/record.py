@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from dltrain import __version__
 from dltrain.data.identity import BatchSum
 from dltrain.data.plan import Plan
 from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_json, write_json
 from dltrain.observing.ledger import Ledger
-from dltrain.observing.reports import EvalReport, SaveWanted, StepReport
+from dltrain.observing.reports import EvalReport, Raised, SaveWanted, StepReport
 from dltrain.observing.view import Progress, View
 from dltrain.running.agent import LogLine
 from dltrain.running.events import Event
@@ -177,6 +178,14 @@ class Record:
         for name, number in counted.items():
             self.counters[f"data_{name}"] = self.counters.get(f"data_{name}", 0) + number
 
+    def refused(self, report: StepReport) -> Raised | None:
+        """The end of a run that trains more rows in the place of others than it may."""
+        allowed, found = self._spec.data.bad_rows, self.num_replaced
+        if not report.replaced or found <= allowed:
+            return None
+        text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
+        return Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", "")
+
     def _count(self, report: StepReport) -> None:
         added = {
             "steps": 1,
@@ -217,7 +226,17 @@ class Record:
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Of a checkpoint that is being committed."""
-        return {**self._saving.pop(step, {}), "audit": self.trail.at(step).to_dict()}
+        spec = self._spec
+        return {
+            "zero": spec.engine.zero,
+            "precision": spec.engine.precision,
+            "global_batch": spec.batch.global_,
+            "plan_id": self._plan.plan_id,
+            "spec": spec.to_dict(),
+            "dltrain": __version__,
+            **self._saving.pop(step, {}),
+            "audit": self.trail.at(step).to_dict(),
+        }
 
     def save_failed(self, step: int, reason: str) -> None:
         """A checkpoint was lost; training goes on."""
@@ -252,8 +271,10 @@ class Record:
         """What a worker printed: rank 0's goes to the terminal, all of it to logs/."""
         if line.rank == 0 and not line.error:
             self._view.log(line.text)
-        if not self._run.is_local:
-            return
+        if self._run.is_local:
+            self._quietly(lambda: self._keep(line))
+
+    def _keep(self, line: LogLine) -> None:
         if line.rank not in self._logs:
             path = self._run.store.path("logs")
             os.makedirs(path, exist_ok=True)

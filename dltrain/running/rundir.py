@@ -11,6 +11,7 @@ quarantine.jsonl  checkpoints/  logs/
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,8 @@ class RunDir:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._claimed = 0
+        # A number is in the store before it is known here.
+        self._claiming = threading.Lock()
         self.checkpoints = store.child("checkpoints")
 
     @classmethod
@@ -116,15 +119,17 @@ class RunDir:
 
     def claim_attempt(self) -> int:
         """The next attempt number, which no other process gets."""
-        number = 1 + max((int(name.split("-")[-1]) for name in self.store.list("attempts")), default=0)
-        while not self.store.create(f"attempts/attempt-{number:04d}", b"claimed\n"):
-            number += 1
-        self._claimed = number
-        return number
+        with self._claiming:
+            number = 1 + max((int(name.split("-")[-1]) for name in self.store.list("attempts")), default=0)
+            while not self.store.create(f"attempts/attempt-{number:04d}", b"claimed\n"):
+                number += 1
+            self._claimed = number
+            return number
 
     def is_replaced(self) -> bool:
         """Whether another process has claimed an attempt since this one last did: it has taken the run over."""
-        return any(int(name.split("-")[-1]) > self._claimed for name in self.store.list("attempts"))
+        with self._claiming:
+            return any(int(name.split("-")[-1]) > self._claimed for name in self.store.list("attempts"))
 
     # ---- talking to a live run ----
 

@@ -291,15 +291,22 @@ def drained(minimum: int) -> tuple[Lifecycle, list[Any]]:
 
 def test_a_machine_is_left_after_the_step_is_saved() -> None:
     life, actions = drained(minimum=2)
-    assert actions == [KillWorkers(), Release((1,)), StartAttempt(2, 2)]
+    assert actions == [KillWorkers(), Release((1,)), Place(3), StartAttempt(2, 2)]
     assert life.restarts == 0
 
 
 def test_leaving_a_machine_below_the_minimum_waits() -> None:
     life, actions = drained(minimum=3)
-    assert kinds(actions) == [KillWorkers, Release, Say]
+    assert kinds(actions) == [KillWorkers, Release, Place, Say]
     assert life.state == "waiting"
     assert life.handle(Placed(3), 9.0) == [StartAttempt(3, 2)]
+
+
+def test_a_stop_is_not_lost_where_there_is_too_little_room() -> None:
+    life = running(minimum=2, workers=3)
+    life.handle(Exited(0, -9), 5.0)
+    assert kinds(life.handle(StopRequested(), 5.1)) == [Say]
+    assert end(life.handle(Placed(1, final=True), 6.0)).status == "stopped"
 
 
 def test_a_stop_while_draining_stops() -> None:
