@@ -25,7 +25,7 @@ __all__ = ["Cluster", "Slot", "Slots", "connect"]
 # A machine that was asked to be left is gone by then, or wants to be used again.
 _AVOID_SECONDS = 120.0
 _CLOSE_SECONDS = 15.0
-_ASK_AGAIN_SECONDS = 5.0
+_ASK_AGAIN_SECONDS = 15.0
 
 # Then this process must not end by way of Ray, which would wait again.
 head_is_gone = False

@@ -218,6 +218,22 @@ def raylet_answers(trial: Trial, host: Host) -> bool:
     return "True" in done.stdout
 
 
+def test_a_host_is_drained(make_trial: Callable[..., Trial], whole: dict[int, dict[str, Any]]) -> None:
+    trial = make_trial(num_steps=120)
+    victim = trial.remote(trial.wait_for_step(FAULT_STEP))
+    command = [harness.DLTRAIN, "drain", "--json"]
+    drained = trial.host_of(victim).run(command, capture_output=True, text=True)
+    assert drained.returncode == 0, drained.stderr
+    assert json.loads(drained.stdout) == {"agents": 1, "left": 1, "still_here": 0}
+    # Only now is the work elsewhere, and nothing of it here.
+    assert not alive([victim["pid"]])
+    trial.wait_for_size(2)
+    done = trial.check(whole)
+    assert done.json["restarts"] == 0
+    lines = (trial.run / "steps.jsonl").read_text().splitlines()
+    assert set(Counter(json.loads(line)["step"] for line in lines).values()) == {1}
+
+
 def test_a_host_joins(several_hosts: None, whole: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     with Lab(hosts=2, cpus=1) as lab, ending(Trial(lab, tmp_path, num_steps=300)) as trial:
         trial.wait_for_step(FAULT_STEP)
