@@ -34,7 +34,7 @@ class Journal:
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name = store, name
         self._lines: list[str] = []
-        self._lock = threading.Lock()
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._file: IO[str] | None = None
         if is_local(store):
             path = Path(store.path(f"{name}.jsonl"))
@@ -54,16 +54,17 @@ class Journal:
         Raises:
             OSError, StoreError: it could not be written; the lines are kept for the next time.
         """
-        with self._lock:
-            lines, self._lines = self._lines, []
-        if not lines:
-            return
-        try:
-            self._write("\n".join(lines) + "\n")
-        except BaseException:
+        with self._flushing:
             with self._lock:
-                self._lines = lines + self._lines
-            raise
+                lines, self._lines = self._lines, []
+            if not lines:
+                return
+            try:
+                self._write("\n".join(lines) + "\n")
+            except BaseException:
+                with self._lock:
+                    self._lines = lines + self._lines
+                raise
 
     def _write(self, text: str) -> None:
         if self._file:

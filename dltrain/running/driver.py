@@ -175,7 +175,7 @@ class Driver:
                 case events.Release():
                     self._release(action.ranks)
                 case events.Commit():
-                    self._keeper.commit(action.step, self._attempt_number, self._record.manifest(action.step))
+                    self._keeper.commit(action.step, self._attempt_number, *self._record.for_commit(action.step))
                 case events.Discard():
                     self._keeper.discard(action.step, self._attempt_number, action.reason)
                 case events.Say():

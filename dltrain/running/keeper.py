@@ -90,13 +90,17 @@ class Keeper:
         """A rank's file is in the store."""
         self._saved.setdefault(event.step, {})[event.rank] = event
 
-    def commit(self, step: int, attempt: int, meta: Mapping[str, Any]) -> None:
-        """All ranks' files are there: writes the manifest, and deletes what is not kept."""
+    def commit(self, step: int, attempt: int, meta: Mapping[str, Any], first_of_all: Callable[[], None]) -> None:
+        """All ranks' files are there: writes the manifest, and deletes what is not kept.
+
+        Args:
+            first_of_all: writes what must be there when the checkpoint is: its steps are never made again.
+        """
         files = self._saved.pop(step)
         first = files[0]
         whole = {"position": first.position, "num_ranks": len(files), **meta, **first.meta}
         described = [files[rank].file for rank in sorted(files)]
-        self._thread.submit(self._commit, step, attempt, described, whole)
+        self._thread.submit(self._commit, step, attempt, described, whole, first_of_all)
 
     def discard(self, step: int, attempt: int, reason: str) -> None:
         """A file is missing: removes those that are there."""
@@ -121,8 +125,16 @@ class Keeper:
 
     # ---- in the thread ----
 
-    def _commit(self, step: int, attempt: int, files: list[Mapping[str, Any]], meta: dict[str, Any]) -> None:
+    def _commit(
+        self,
+        step: int,
+        attempt: int,
+        files: list[Mapping[str, Any]],
+        meta: dict[str, Any],
+        first_of_all: Callable[[], None],
+    ) -> None:
         try:
+            first_of_all()
             if self._is_replaced():
                 self._results.put((Committed(step, REPLACED), 0))
                 return

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -177,6 +177,19 @@ class Record:
         self._hub.on_data(counted)
         for name, number in counted.items():
             self.counters[f"data_{name}"] = self.counters.get(f"data_{name}", 0) + number
+
+    def for_commit(self, step: int) -> tuple[dict[str, Any], Callable[[], None]]:
+        """A checkpoint's manifest, and what is to be written before it."""
+        return self.manifest(step), self.write_journals
+
+    def write_journals(self) -> None:
+        """Puts every line so far where a death of this process leaves it.
+
+        Raises:
+            OSError, StoreError: it could not be written; the lines are kept for the next time.
+        """
+        for journal in (self._steps, self._events, self._replaced):
+            journal.flush()
 
     def refused(self, report: StepReport) -> Raised | None:
         """The end of a run that trains more rows in the place of others than it may."""
