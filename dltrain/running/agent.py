@@ -159,9 +159,10 @@ class Agent:
         """Ends the worker at once, and this attempt for good; returns what it left."""
         with self._lives:
             self._ended = max(self._ended, attempt)
-            worker, self._worker = self._worker, None
-            if worker:
-                worker.kill()
+            if self._worker:
+                # Still ours meanwhile: what it said before its end is taken in.
+                self._worker.kill()
+                self._worker = None
         with self._wake:
             # Who polls has nothing to wait for.
             self._urgent = True
