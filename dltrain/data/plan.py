@@ -152,7 +152,10 @@ class Plan:
             raise StoreError(f"the stored plan can't be read: {error}") from None
         numbers = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
         if numbers.get("version") != _VERSION:
-            raise StoreError(f"the stored plan is of version {numbers.get('version')}; this dltrain reads {_VERSION}")
+            raise StoreError(
+                f"the stored plan is of version {numbers.get('version')}, this dltrain reads {_VERSION}: set another "
+                "`name` to start afresh, or delete the run's directory"
+            )
         sources, evaluation = [], None
         for i in range(table.num_rows):
             line = table.slice(i, 1)

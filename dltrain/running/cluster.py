@@ -180,11 +180,6 @@ class Slots:
         else:
             self.slots.append(slot)
 
-    @property
-    def num_pending(self) -> int:
-        """Slots that were asked for and are not there."""
-        return len(self._pending)
-
     def lose(self, slot: Slot) -> None:
         """Gives a slot up whose agent is gone."""
         if slot in self.slots:

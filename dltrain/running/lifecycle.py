@@ -110,7 +110,6 @@ class Lifecycle:
     _fruitless: int = field(default=0, init=False)
     _not_before: float = field(default=0.0, init=False)
     _leaving: set[int] = field(default_factory=set, init=False)
-    _failed_saves: dict[int, str] = field(default_factory=dict, init=False)
     _asked: set[int] = field(default_factory=set, init=False)
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -238,7 +237,7 @@ class Lifecycle:
 
     def _committed(self, event: Committed) -> list[Action]:
         if event.reason:
-            self._save_problem = self._failed_saves[event.step] = event.reason
+            self._save_problem = event.reason
         else:
             self.committed_step = event.step
         self._asked.discard(event.step)

@@ -44,9 +44,9 @@ def make_engine() -> Any:
     import torch.distributed as dist
     from recovery_task import BATCH, build
 
-    from dltrain.training.cpu_op import use_own_cache
+    from dltrain.training import cpu_op
 
-    use_own_cache()
+    cpu_op.load()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     model = build()
