@@ -80,7 +80,7 @@ def test_a_stored_plan_that_is_not_one() -> None:
     other = table.replace_schema_metadata({b"dltrain.plan": b'{"version": 1}'})
     with pa.ipc.new_file(sink, table.schema.with_metadata(other.schema.metadata)) as writer:
         writer.write_table(other)
-    with pytest.raises(StoreError, match="version 1; this dltrain reads 2"):
+    with pytest.raises(StoreError, match="version 1, this dltrain reads 2: set another"):
         Plan.from_bytes(bytes(sink.getvalue()))
     swapped = table.slice(1, 1).to_pydict() | {"weight": [5]}
     wrong = pa.concat_tables([table.slice(0, 1), pa.table(swapped, table.schema)]).replace_schema_metadata(
