@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 # pip's hundreds of lines as one that counts.
 COUNT := awk '/^Collecting|^Installing/ {n++; printf "\r  %d packages", n} /ERROR/ {print} END {print ""}'
 
-.PHONY: help install demo check test test-all bench bench-data bench-recovery soak clean
+.PHONY: help install demo check test test-all bench bench-data bench-jobs bench-recovery soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,9 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed  ## everything into .venv
 
-demo: install  ## handwriting: make the data, train on 2 workers, show the result
-	@$(BIN)/python -m jobs.image_cnn make-data .data/digits
+demo: install  ## handwriting: make the data, train on 2 workers, show the result and a page about it
+	@test -d .data/digits/train || $(BIN)/python -m jobs.image_cnn make-data .data/digits
 	@$(BIN)/dltrain run jobs/image_cnn.yaml
+	@$(BIN)/dltrain report image-cnn
 
 check: install  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -38,10 +39,12 @@ check: install  ## format, lint, types, import directions
 
 test: install  ## the tests that need nothing but this machine
 	$(BIN)/python -m pytest -q tests/unit -n 2
-	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -m 'not (servers or lab or soak)'
+	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -n 2 --dist worksteal \
+		-m 'not (servers or lab or soak or long)'
 
 test-all: install  ## and those that need a server (S3), several hosts or minutes: .ci/run installs what they need
-	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m 'servers or lab or soak'
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -n 2 --dist loadgroup -m '(servers or lab or long) and not soak'
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m soak
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py --out tests/bench/results/overhead.json
@@ -49,6 +52,9 @@ bench: install  ## what dltrain costs against a bare DeepSpeed loop
 bench-data: install  ## how fast batches arrive, against Ray Data, a DataLoader and the store: tests/bench/results
 	@$(PIP) -e '.[bench]' | $(COUNT)
 	@$(BIN)/python tests/bench/data.py --results tests/bench/results
+
+bench-jobs: install  ## what every job reaches, against its goal and a baseline (JOB=speech_rnn for one)
+	@$(BIN)/python tests/bench/train_jobs.py $(JOB) --results tests/bench/results
 
 bench-recovery: install  ## seconds from a fault to the next new step, beside Ray Train (20 minutes; the lab needs root)
 	@$(PIP) -e '.[bench]' | $(COUNT)

@@ -1,11 +1,6 @@
 """A Ray cluster of several hosts on one machine, whose hosts can be cut off, slowed down, killed and added.
 
-    python -m cluster.lab up --hosts 3 --cpus 1        # prints the lab's name and Ray's address
-    python -m cluster.lab exec 0 -- dltrain run job.yaml --address 10.77.0.2:6379
-    python -m cluster.lab cut 2; python -m cluster.lab join 2
-    python -m cluster.lab slow 1 --mbit 100 --latency-ms 50
-    python -m cluster.lab kill 1; python -m cluster.lab add
-    python -m cluster.lab down
+    python -m cluster.lab up --hosts 3      # then exec, list, cut, mend, slow, kill, start, add, down: see --help
 
     with Lab(hosts=3, cpus=1) as lab:
         lab.hosts[0].run(["dltrain", "run", "job.yaml", "--address", lab.address])
@@ -16,7 +11,6 @@ Host 0 has Ray's head; drivers run there. Needs root and iproute2.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -25,16 +19,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cluster.network import LabError, Network, address_of, all_networks, what_is_missing
+from cluster.network import LabError, LabUsageError, Network, address_of, all_networks, what_is_missing
 
-__all__ = ["Host", "Lab", "LabError", "what_is_missing"]
+__all__ = [
+    "Host",
+    "Lab",
+    "LabError",
+    "LabUsageError",
+    "main",
+    "take_down",
+    "take_down_abandoned",
+    "unowned",
+    "what_is_missing",
+]
 
 _PORT = 6379
+_DASHBOARD_PORT = 8265
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 _START_SECONDS = 120.0
 
@@ -98,11 +103,20 @@ class Lab:
         hosts: how many to begin with.
         cpus: that each tells Ray it has.
         ray: False for the network alone.
+        dashboard: whether the head serves Ray's job API, at port 8265 of host 0.
         env: added to the environment of Ray and of every command, for example Ray's own settings.
     """
 
-    def __init__(self, hosts: int = 3, cpus: int = 1, ray: bool = True, env: Mapping[str, str] | None = None) -> None:
-        self._num_hosts, self._cpus, self._ray = hosts, cpus, ray
+    def __init__(
+        self,
+        hosts: int = 3,
+        cpus: int = 1,
+        ray: bool = True,
+        env: Mapping[str, str] | None = None,
+        dashboard: bool = False,
+    ) -> None:
+        self._num_hosts, self._cpus, self.has_ray, self._dashboard = hosts, cpus, ray, dashboard
+        self.owner: int | None = None
         self.name = f"lab{secrets.token_hex(3)}"
         self.network = Network(self.name)
         self.hosts: list[Host] = []
@@ -120,6 +134,11 @@ class Lab:
         """Ray's address, for `--address`."""
         return f"{self.hosts[0].address}:{_PORT}"
 
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted, from any of the hosts."""
+        return f"http://{self.hosts[0].address}:{_DASHBOARD_PORT}"
+
     def __enter__(self) -> Lab:
         self.up(owner=os.getpid())
         return self
@@ -133,11 +152,12 @@ class Lab:
         """Makes the hosts and starts Ray; the lab is taken down with its owner, or by `down` when there is none.
 
         Raises:
-            LabError: the machine lacks something, or Ray did not start.
+            LabUsageError: the machine lacks something.
+            LabError: Ray did not start.
         """
         missing = what_is_missing()
         if missing:
-            raise LabError(missing)
+            raise LabUsageError(f"there can be no lab here: {missing}")
         take_down_abandoned()
         self.directory.mkdir(mode=0o700)
         self._save(owner)
@@ -145,7 +165,7 @@ class Lab:
             self.network.up()
             for index in range(self._num_hosts):
                 self.hosts.append(Host(self, index, self.network.plug(index)))
-            if self._ray:
+            if self.has_ray:
                 self.start_ray(self.hosts[:1])
                 self.start_ray(self.hosts[1:])
         except BaseException:
@@ -157,13 +177,13 @@ class Lab:
         index = len(self.hosts)
         host = Host(self, index, self.network.plug(index))
         self.hosts.append(host)
-        if self._ray:
+        if self.has_ray:
             self.start_ray([host])
         return host
 
     def down(self) -> None:
         """Takes everything away; may be called again."""
-        _take_down(self.name)
+        take_down(self.name)
         self.hosts.clear()
 
     def start_ray(self, hosts: Sequence[Host]) -> None:
@@ -182,11 +202,12 @@ class Lab:
                 raise LabError(f"Ray did not start on host {host.index}:\n{out}")
 
     def _ray_command(self, host: Host) -> list[str]:
-        role = (
-            ["--head", f"--port={_PORT}", "--include-dashboard=false"]
-            if host.index == 0
-            else ["--address", self.address]
+        dashboard = (
+            ["--dashboard-host=0.0.0.0", f"--dashboard-port={_DASHBOARD_PORT}"]
+            if self._dashboard
+            else ["--include-dashboard=false"]
         )
+        role = ["--head", f"--port={_PORT}", *dashboard] if host.index == 0 else ["--address", self.address]
         return [
             str(Path(sys.executable).parent / "ray"),
             "start",
@@ -200,7 +221,8 @@ class Lab:
 
     def _save(self, owner: int | None) -> None:
         started = _start_time(owner) if owner else None
-        state = {"cpus": self._cpus, "ray": self._ray, "env": self.env, "owner": owner, "owner_started": started}
+        made = {"cpus": self._cpus, "ray": self.has_ray, "env": self.env, "dashboard": self._dashboard}
+        state = {**made, "owner": owner, "owner_started": started}
         path = self.directory / "lab.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(state))
@@ -210,15 +232,15 @@ class Lab:
         """A lab that is up; without a name the only one that has no owner.
 
         Raises:
-            LabError: there is none, or more than one.
+            LabUsageError: there is none, or more than one.
         """
-        names = [name] if name else _unowned()
+        names = [name] if name else unowned()
         if len(names) != 1 or not _state(names[0]):
             found = ", ".join(all_networks()) or "none"
-            raise LabError(f"which lab? Up on this machine: {found}. Choose with --lab, or start one with `up`")
+            raise LabUsageError(f"which lab? Up on this machine: {found}. Choose with --lab, or start one with `up`")
         state = _state(names[0])
-        lab = cls(0, state["cpus"], state["ray"], state["env"])
-        lab.name, lab.network = names[0], Network(names[0])
+        lab = cls(0, state["cpus"], state["ray"], state["env"], state.get("dashboard", False))
+        lab.name, lab.network, lab.owner = names[0], Network(names[0]), state.get("owner")
         lab.hosts = [Host(lab, index, address_of(index)) for index in lab.network.hosts()]
         return lab
 
@@ -229,15 +251,16 @@ def take_down_abandoned() -> None:
         state = _state(name)
         owner = state.get("owner")
         if owner and _start_time(owner) != state["owner_started"]:
-            _take_down(name)
+            take_down(name)
 
 
-def _take_down(name: str) -> None:
+def take_down(name: str) -> None:
+    """Takes a lab away, whoever started it; nothing happens when there is none of that name."""
     Network(name).down()
     shutil.rmtree(_directory(name), ignore_errors=True)
 
 
-def _unowned() -> list[str]:
+def unowned() -> list[str]:
     """The labs that were started by command: those of a program end with it."""
     return [name for name in all_networks() if _state(name).get("owner") is None]
 
@@ -263,90 +286,11 @@ def _start_time(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])
 
 
-# ---- the command ----
-
-
-def _show(lab: Lab, as_json: bool) -> None:
-    hosts = [{"host": host.index, "address": host.address} for host in lab.hosts]
-    if as_json:
-        print(json.dumps({"lab": lab.name, "address": lab.address, "hosts": hosts, "env": lab.env}))
-        return
-    print(f"{lab.name}: {len(hosts)} hosts, Ray at {lab.address}")
-    print(f"  on a host: python -m cluster.lab exec 0 -- dltrain run SPEC --address {lab.address}")
-    print("  away with it: python -m cluster.lab down")
-
-
-def _up(options: argparse.Namespace) -> int:
-    lab = Lab(options.hosts, options.cpus)
-    lab.up()
-    _show(lab, options.json)
-    return 0
-
-
-def _exec(options: argparse.Namespace) -> int:
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    return _host(options).run(command, check=False).returncode
-
-
-def _add(options: argparse.Namespace) -> int:
-    host = Lab.attach(options.lab).add()
-    print(json.dumps({"host": host.index, "address": host.address}))
-    return 0
-
-
-def _down(options: argparse.Namespace) -> int:
-    names = all_networks() if options.all else [options.lab] if options.lab else _unowned()
-    for name in names:
-        _take_down(name)
-    return 0
-
-
-def _host(options: argparse.Namespace) -> Host:
-    lab = Lab.attach(options.lab)
-    for host in lab.hosts:
-        if host.index == options.host:
-            return host
-    raise LabError(f"no host {options.host}: {lab.name} has 0 to {len(lab.hosts) - 1}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-
-    def verb(name: str, what: str, act: Callable[[argparse.Namespace], Any], host: bool = False) -> Any:
-        added = verbs.add_parser(name, help=what)
-        added.set_defaults(act=act)
-        added.add_argument("--lab", help="its name, when several are up")
-        if host:
-            added.add_argument("host", type=int, help="its number")
-        return added
-
-    up = verb("up", "start a lab", _up)
-    up.add_argument("--hosts", type=int, default=3)
-    up.add_argument("--cpus", type=int, default=1, help="of each host, as Ray counts them")
-    up.add_argument("--json", action="store_true", help="one JSON object on stdout, with the token")
-    run = verb("exec", "run a command on a host", _exec, host=True)
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
-    verb("cut", "pull a host's cable", lambda o: _host(o).cut(), host=True)
-    verb("join", "put the cable back", lambda o: _host(o).join(), host=True)
-    slow = verb("slow", "limit a host's cable", lambda o: _host(o).slow(o.mbit, o.latency_ms), host=True)
-    slow.add_argument("--mbit", type=float, required=True, help="rate, both ways; 0 takes the limit away")
-    slow.add_argument("--latency-ms", type=float, default=50.0, help="longest wait of a packet for its turn")
-    verb("kill", "end all processes of a host", lambda o: _host(o).kill(), host=True)
-    verb("start", "start Ray on a killed host again", lambda o: _host(o).start(), host=True)
-    verb("add", "one more host joins", _add)
-    verb("down", "take it all away", _down).add_argument("--all", action="store_true", help="every lab there is")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 when the lab can't do it."""
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.act(options) or 0)
-    except LabError as error:
-        print(f"lab: {error}", file=sys.stderr)
-        return 1
+    """The command; its exit code."""
+    from cluster import lab_command
+
+    return lab_command.main(arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ from typing import Annotated, Any
 import typer
 
 from dltrain.cli_data import data_app
+from dltrain.cli_deploy import k8s
+from dltrain.cli_doctor import add_to as add_doctor
+from dltrain.cli_jobs import add_to as add_jobs
+from dltrain.cli_report import add_to as add_reports
+from dltrain.cli_use import add_to as add_use
 from dltrain.errors import DltrainError, TaskError
 
 __all__ = ["main"]
@@ -30,9 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoint_app = typer.Typer(help="List, verify and export a run's checkpoints.", no_args_is_help=True)
-app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
+app.command()(k8s)
 
 Spec = Annotated[str, typer.Argument(help="The job's YAML file.", metavar="SPEC")]
 Overrides = Annotated[
@@ -43,9 +47,8 @@ Run = Annotated[str, typer.Argument(help="A run's name (under ./runs or $DLTRAIN
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="A Ray cluster (ray://host:10001, host:6379 or auto); default: RAY_ADDRESS, else a private Ray."),
+    typer.Option(help="A Ray cluster (host:6379 or auto); default: RAY_ADDRESS, else a private Ray."),
 ]
-Which = Annotated[str, typer.Option("--step", help="A step, `newest` or `best`.")]
 
 
 @app.command()
@@ -85,19 +88,6 @@ def plan(spec: Spec, overrides: Overrides = None, json: Json = False) -> None:
         print_plan(found)
 
 
-@app.command()
-def status(run: Run, json: Json = False) -> None:
-    """What a run is doing now."""
-    from dltrain.observing.report import print_status
-    from dltrain.running.rundir import find_run
-
-    state = find_run(run).state() or {"run": run, "state": "planning"}
-    if json:
-        _print_json(state)
-    else:
-        print_status(state)
-
-
 @app.command(name="list")
 def list_(json: Json = False) -> None:
     """The runs under ./runs or $DLTRAIN_RUNS."""
@@ -109,22 +99,6 @@ def list_(json: Json = False) -> None:
         _print_json({"runs": states})
     else:
         print_runs(states, runs_url())
-
-
-@app.command()
-def stop(
-    run: Run,
-    wait: Annotated[bool, typer.Option(help="Return when the run has stopped.")] = True,
-    json: Json = False,
-) -> None:
-    """Stop a run after the step it is in, with a checkpoint; `dltrain run` goes on from there."""
-    from dltrain.running.control import stop_run
-
-    state = stop_run(run, wait)
-    if json:
-        _print_json(state)
-    else:
-        typer.echo(f"{run}: {state['state']} at step {state.get('step', 0)}")
 
 
 @app.command()
@@ -166,49 +140,10 @@ def audit(run: Run, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@checkpoint_app.command(name="list")
-def checkpoint_list(run: Run, json: Json = False) -> None:
-    """The checkpoints of a run, oldest first."""
-    from dltrain.observing.report import print_checkpoints
-    from dltrain.running.control import checkpoint_table
-
-    rows = checkpoint_table(run)
-    if json:
-        _print_json({"checkpoints": rows})
-    else:
-        print_checkpoints(rows)
-
-
-@checkpoint_app.command()
-def verify(run: Run, json: Json = False) -> None:
-    """Read every checkpoint back and compare sizes and checksums; exit 1 when one is damaged."""
-    from dltrain.running.control import verify_checkpoints
-
-    rows = verify_checkpoints(run)
-    if json:
-        _print_json({"checkpoints": rows})
-    else:
-        for row in rows:
-            typer.echo(f"step {row['step']}: {'; '.join(row['problems']) or 'good'}")
-    if any(row["problems"] for row in rows):
-        raise typer.Exit(1)
-
-
-@checkpoint_app.command()
-def export(
-    run: Run,
-    to: Annotated[str, typer.Option(help="Path or URL of the file.")] = "model.safetensors",
-    step: Which = "best",
-    json: Json = False,
-) -> None:
-    """Write a checkpoint's weights as one safetensors file that load_state_dict takes."""
-    from dltrain.running.control import export_checkpoint
-
-    done = export_checkpoint(run, to, step)
-    if json:
-        _print_json(done)
-    else:
-        typer.echo(f"wrote the weights of step {done['step']} to {done['file']} ({done['bytes']:,} bytes)")
+add_jobs(app)
+add_use(app)
+add_reports(app)
+add_doctor(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +178,9 @@ def _main(arguments: Sequence[str] | None) -> None:
 
 def _print_error(error: DltrainError, json: bool) -> None:
     trace = error.trace if isinstance(error, TaskError) else ""
-    where = f" (rank {error.rank}, step {error.step})" if isinstance(error, TaskError) else ""
+    # Of a run; what predicts has no ranks.
+    known = isinstance(error, TaskError) and error.rank >= 0
+    where = f" (rank {error.rank}, step {error.step})" if isinstance(error, TaskError) and known else ""
     if json:
         _print_json({"status": "failed", "error": f"{error}{where}", "trace": trace, "exit_code": error.exit_code})
     if trace:

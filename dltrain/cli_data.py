@@ -6,6 +6,7 @@ dltrain data rewrite s3://bucket/digits s3://bucket/digits-32 --row-group-mb 32
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import signal
 import sys
@@ -109,6 +110,79 @@ def rewrite(
         _print_rewritten(done)
 
 
+@data_app.command()
+def check(
+    url: Annotated[str, typer.Argument(help="Directory, glob or file of Parquet; any fsspec URL.", metavar="URL")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="A dataset that must have no rows of it, such as the test data; repeatable."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column with the classes.", show_default="label, target, ...")
+    ] = None,
+    ignore: Annotated[
+        str, typer.Option(help="Columns that say nothing of a row's contents.", show_default="id, path, ...")
+    ] = "",
+    run: Annotated[str | None, typer.Option(help="A trained run: labels that it contradicts are told.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="Column that `dltrain predict --to` wrote.", show_default="found by its type")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 1 when there are faults.")] = False,
+    json: Json = False,
+) -> None:
+    """Read all of a dataset and tell what is wrong with its contents: nulls, constant columns, values that are not
+    numbers, rows that are there twice, the same row with different labels, rare classes, rows of the test data.
+
+        dltrain data check data/train --against data/test
+
+    With --run, or on what `dltrain predict RUN URL --to DIR` wrote, also the labels that a network contradicts: of
+    each prediction it needs the label's name and `probability`. Examples are files and rows in them; --json lists more.
+    """
+    from tempfile import TemporaryDirectory
+
+    from dltrain.data.progress import ProgressBar
+    from dltrain.data.quality import check_data
+    from dltrain.errors import UserError
+
+    if run and prediction:
+        raise UserError("--run makes the predictions, --prediction names some that are there; give one of them")
+    # So that the predictions are cleared up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    names = [name.strip() for name in ignore.split(",") if name.strip()]
+    with TemporaryDirectory(prefix="dltrain-check-") as made:
+        checked = _predicted(run, url, made) if run else url
+        with ProgressBar("checking", "rows", patience=_SLOW_SECONDS) as bar:
+            found = check_data(
+                checked,
+                source=url if run else None,
+                against=against or (),
+                label=label,
+                ignore=names,
+                prediction=prediction or ("prediction" if run else None),
+                progress=bar.update,
+            )
+    if json:
+        print(json_module.dumps(found))
+    else:
+        _print_check(found)
+    sys.exit(int(strict and any(one["kind"] == "fault" for one in found["findings"])))
+
+
+def _predicted(run: str, url: str, directory: str) -> str:
+    """Where the dataset is with a run's predictions beside its columns."""
+    from dltrain.data.progress import ProgressBar
+    from dltrain.using.bulk import BulkJob
+    from dltrain.using.finding import find_trained
+    from dltrain.using.spread import predict_all
+
+    trained = find_trained(run, "best")
+    job = BulkJob(run=trained.url, step=trained.step, source=url, target=f"{directory}/predicted")
+    # What a task prints is not the answer.
+    with contextlib.redirect_stdout(sys.stderr), ProgressBar("predicting", "rows") as bar:
+        predict_all(job, progress=bar.update)
+    return job.target
+
+
 # ---- for people ----
 
 
@@ -210,3 +284,34 @@ def _print_advice(console: Any, advice: list[Mapping[str, str]]) -> None:
         console.print(f"{number}. {escape(item['problem'])}: {escape(item['why'])}")
         # A command is copied, so it is not broken into lines.
         console.print(f"   {escape(item['fix'])}", soft_wrap=True)
+
+
+def _print_check(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    rows = found["rows"]
+    console.print(f"[bold]{escape(found['url'])}[/bold]: {rows:,} rows; contents: {', '.join(found['inputs'])}")
+    console.print(_value_table(found["columns"]))
+    if found["label"]:
+        classes = found["label"]["classes"]
+        shown = ", ".join(f"{name} {count:,}" for name, count in list(classes.items())[:12])
+        console.print(f"{found['label']['column']}: {len(classes)} classes: {escape(shown)}", highlight=False)
+    console.print("\n[bold]what was found[/bold]" if found["findings"] else "\nnothing wrong was found")
+    for number, item in enumerate(found["findings"], 1):
+        color = "red" if item["kind"] == "fault" else "yellow"
+        console.print(f"{number}. [{color}]{item['kind']}[/{color}] {escape(item['problem'])}")
+        console.print(f"   {escape(item['why'])}; {escape(item['fix'])}", highlight=False)
+
+
+def _value_table(columns: list[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("column", "type", "nulls", "not finite", "empty", "different", "from", "to")
+    for column in columns[:_LARGEST_COLUMNS]:
+        different = "1" if column["constant"] else "" if column["distinct"] is None else f"{column['distinct']:,}"
+        ends = ("" if column[end] is None else f"{column[end]:,.6g}" for end in ("min", "max"))
+        counts = (f"{column[what]:,}" if column[what] else "" for what in ("nulls", "not_finite", "empty"))
+        table.add_row(column["name"], column["type"], *counts, different, *ends)
+    return table

@@ -48,6 +48,9 @@ class SpecError(UserError):
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         super().__init__("\n".join([f"{source}: {count}", *(f"  {fault}" for fault in self.faults)]))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.source, self.faults)
+
 
 class DataError(UserError):
     """The dataset is missing, empty, unreadable or of the wrong schema."""
@@ -97,7 +100,11 @@ class MissingExtraError(UserError):
     """An optional dependency is missing; names the extra that brings it."""
 
     def __init__(self, package: str, extra: str) -> None:
+        self._given = package, extra
         super().__init__(f"{package} is not installed. Install it with: pip install 'dltrain[{extra}]'")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._given
 
 
 class RunFailedError(DltrainError):

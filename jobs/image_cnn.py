@@ -2,28 +2,27 @@
 
 python -m jobs.image_cnn make-data .data/digits      # or any URL: s3://bucket/digits
 dltrain run jobs/image_cnn.yaml
+dltrain predict image-cnn scans/*.png --out drawn    # any pictures of digits, dark on light or light on dark
 """
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dltrain import Batch, Keys, Sum, Task
+from dltrain import Artifact, Batch, Input, Keys, Sum, Task
+from dltrain.data import decode
+from jobs.common.data import main, write_splits
+from jobs.common.digits import LEVELS, SIDE, digit_splits
+from jobs.common.figures import Goal
 
-SIDE = 8
-# Digits come as 0-16 grey levels.
-LEVELS = 16.0
-TRAIN_ROWS = 1438
-ROWS_PER_GROUP = 32
-FILES = {"train": 4, "test": 1}
+GOALS = (Goal("test accuracy", "accuracy", 0.98),)
 
 
 class Residual(nn.Module):
@@ -45,6 +44,7 @@ class ImageCnn(Task):
     """Classifies 8 x 8 grey images into ten digits."""
 
     columns = ("image", "label")
+    target_columns = ("label",)
 
     def __init__(self, width: int = 32, blocks: int = 2) -> None:
         self.width, self.blocks = width, blocks
@@ -72,8 +72,33 @@ class ImageCnn(Task):
         loss = F.cross_entropy(logits, batch.label, reduction="sum").item()
         return {"accuracy": Sum(right, batch.count), "loss": Sum(loss, batch.count)}
 
-    def predict(self, model: Any, inputs: torch.Tensor) -> list[int]:
-        return [int(digit) for digit in model(inputs).argmax(1)]
+    def samples(self, model: Any, batch: Batch) -> list[Artifact]:
+        guesses = model(batch.image).float().argmax(1).cpu()
+        wrong = int((guesses != batch.label.cpu()).sum())
+        from jobs.common.pictures import draw_sheet
+
+        sheet = draw_sheet(batch.image[:, 0].cpu().numpy(), guesses.tolist(), batch.label.tolist())
+        return [
+            Artifact.image(sheet, f"{len(guesses)} test digits and what they were taken for; {wrong} wrong, in red")
+        ]
+
+    def read(self, source: Input) -> dict[str, bytes]:
+        grey = decode.images(pa.array([source.data], pa.binary()), (SIDE, SIDE), "L")[0, :, :, 0].float()
+        # In the data ink is high and paper 0: most of a picture's rim is paper.
+        rim = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
+        ink = (grey - rim).abs()
+        levels = ink * (LEVELS / ink.max().clamp(min=1.0))
+        return {"image": levels.round().to(torch.uint8).numpy().tobytes()}
+
+    def predict(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
+        chances, labels = model(batch.image).float().softmax(1).max(1)
+        found = zip(labels.tolist(), chances.tolist(), strict=True)
+        return [{"label": label, "probability": round(chance, 4)} for label, chance in found]
+
+    def draw(self, batch: Batch, results: Sequence[dict[str, Any]]) -> list[Artifact]:
+        from jobs.common.pictures import labelled
+
+        return [labelled(pixels, **one) for pixels, one in zip(batch.image[:, 0].cpu().numpy(), results, strict=True)]
 
     def _shift(self, batch: Batch) -> torch.Tensor:
         """Moves each image by up to a pixel, as its own generator says."""
@@ -83,38 +108,9 @@ class ImageCnn(Task):
 
 
 def make_data(url: str) -> dict[str, int]:
-    """Writes scikit-learn's digits as Parquet under url/train and url/test; returns rows by split.
-
-    The data carries no writer, so the split is contiguous: people who wrote the last scans are not in the first.
-    """
-    from sklearn.datasets import load_digits
-
-    from dltrain.store import open_store
-
-    digits = load_digits()
-    images = digits.images.astype(np.uint8).reshape(len(digits.target), -1)
-    table = pa.table(
-        {
-            "image": pa.array([row.tobytes() for row in images], pa.binary(SIDE * SIDE)),
-            "label": pa.array(digits.target, pa.uint8()),
-        }
-    )
-    splits = {"train": table.slice(0, TRAIN_ROWS), "test": table.slice(TRAIN_ROWS)}
-    store = open_store(url)
-    for split, rows in splits.items():
-        size = -(-len(rows) // FILES[split])
-        for i in range(FILES[split]):
-            sink = io.BytesIO()
-            pq.write_table(rows.slice(i * size, size), sink, row_group_size=ROWS_PER_GROUP)
-            store.write(f"{split}/part-{i:05d}.parquet", sink.getvalue())
-    return {split: len(rows) for split, rows in splits.items()}
+    """Writes the digits under url/train and url/test; returns rows by split."""
+    return write_splits(url, digit_splits(), rows_per_group=32)
 
 
 if __name__ == "__main__":
-    import sys
-
-    match sys.argv[1:]:
-        case ["make-data", target]:
-            print(f"wrote {make_data(target)} rows to {target}")
-        case _:
-            sys.exit("usage: python -m jobs.image_cnn make-data URL")
+    main(make_data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +18,24 @@ settings.register_profile("dltrain", deadline=None)
 settings.load_profile("dltrain")
 
 
+# A shell's background jobs ignore Ctrl-C, and so would what the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `dltrain drain` asks all workers of a machine: those of another checkout's tests are none of ours.
+os.environ["DLTRAIN_HOST"] = secrets.token_hex(4)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the S3 server or for several hosts is left to `make test-all`."""
+    """Whatever asks for the S3 server or for several hosts is left to `make test-all`.
+
+    There two processes share the tests (`--dist loadgroup`): one has all that need the server, so that there is one.
+    """
     for item in items:
         names = getattr(item, "fixturenames", ())
+        group = "s3" if "s3" in names else "lab" if "several_hosts" in names else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
         if "s3" in names:
             item.add_marker(pytest.mark.servers)
         if "several_hosts" in names:
@@ -33,6 +48,8 @@ def ray_address() -> Iterator[str]:
     # Ray wants a token; the commands that the tests start inherit this one.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Agents begin at the priority of everything else, as on a private Ray.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     head = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("ray_head.py")), "4"],
         stdin=subprocess.PIPE,

@@ -96,12 +96,15 @@ class Done:
 
 
 def start(
-    *arguments: str, env: dict[str, str] | None = None, popen: Callable[..., Any] = subprocess.Popen
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    popen: Callable[..., Any] = subprocess.Popen,
+    cwd: Path = ROOT / "tests",
 ) -> subprocess.Popen[str]:
     """Starts `dltrain ...` from the tests' directory, where `tasks` is; `popen` may start it on another host."""
     process: subprocess.Popen[str] = popen(
         [DLTRAIN, *arguments],
-        cwd=ROOT / "tests",
+        cwd=cwd,
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

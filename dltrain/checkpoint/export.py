@@ -10,16 +10,24 @@ import torch
 from safetensors.torch import save
 
 from dltrain.checkpoint.commit import Checkpoint
+from dltrain.checkpoint.fragments import AVERAGE, PARAM
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.store import Store, open_store
 
 __all__ = ["export", "state_dict"]
 
 
-def state_dict(store: Store, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Parameters (fp32), buffers, frozen parameters and ties under the module's own names."""
+def state_dict(store: Store, checkpoint: Checkpoint, *, average: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters (fp32), buffers, frozen parameters and ties under the module's own names.
+
+    Args:
+        average: take the weights' running average (`train.ema`) where the checkpoint has one.
+    """
     reader = FragmentReader(store, checkpoint)
-    state = {name: reader.tensor(name) for name in reader.names}
+    state = {}
+    for name in reader.names:
+        has = average and AVERAGE in reader.kinds(name)
+        state[name] = reader.tensor(name, AVERAGE if has else PARAM)
     state |= reader.whole("buffer:")
     state |= reader.whole("frozen:")
     for alias, name in checkpoint.manifest.get("ties", {}).items():

@@ -1,7 +1,7 @@
 """Fragments: a rank's part of the optimizer state as slices of flattened tensors, free of any world size.
 
     for f in collect(engine, rank, num_ranks): f.name, f.kind, f.shape, f.offset, f.values
-    restore(engine, reader.read, reader.has, optimizer_step)
+    restore(engine, reader.read, reader.kinds)
 
 Joined over ranks, every element of every trainable parameter and of its moments appears exactly once,
 padding never. Where they live differs by ZeRO stage; `_layout` knows, nothing else does.
@@ -9,8 +9,9 @@ padding never. Where they live differs by ZeRO stage; `_layout` knows, nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,23 @@ from torch import nn
 from dltrain.errors import CheckpointError
 
 __all__ = [
+    "AVERAGE",
+    "PARAM",
+    "Averages",
     "Fragment",
+    "Network",
     "Piece",
     "Source",
     "average_buffers",
     "buffers",
     "collect",
     "frozen",
+    "inner_optimizer",
+    "is_number",
+    "masters",
     "mean_of_buffers",
     "owners",
+    "refresh",
     "restore",
     "restore_frozen",
     "sources",
@@ -37,15 +46,27 @@ __all__ = [
 ]
 
 Read = Callable[[str, str, int, int], torch.Tensor]
-# Moments that an optimizer may keep per element.
-_KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+# Of the tensors that an optimizer steps, by id: the running averages of their values.
+Averages = Mapping[int, torch.Tensor]
+_NONE: Averages = MappingProxyType({})
+# Kinds of tensors that no optimizer keeps.
+PARAM, AVERAGE = "param", "ema"
+
+
+class Network(NamedTuple):
+    """One of a task's networks; names in a checkpoint begin with `prefix`."""
+
+    prefix: str
+    engine: Any
+    module: nn.Module
+    averages: Averages = _NONE
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements [offset, offset + len(values)) of the flattened tensor `name` of global shape `shape`.
 
-    `kind` is "param" (the fp32 master weight) or the optimizer's name of a moment.
+    `kind` is "param" (the fp32 master weight), "ema" (its running average) or the optimizer's name of a moment.
     """
 
     name: str
@@ -106,16 +127,22 @@ class Source:
         return self.tensor.detach().reshape(-1)[self.lo : self.hi]
 
 
-def sources(engine: Any, rank: int, num_ranks: int) -> list[Source]:
-    """Everything this rank owns; padding may lie between the pieces."""
+def sources(engine: Any, rank: int, num_ranks: int, averages: Averages = _NONE) -> list[Source]:
+    """Everything this rank owns; padding may lie between the pieces.
+
+    Raises:
+        CheckpointError: the optimizer keeps something that is not a number per weight.
+    """
     by_owner: dict[int, list[_Slice]] = {}
     for piece in _layout(engine):
         by_owner.setdefault(id(piece.owner), []).append(piece)
-    state = _inner(engine).state
+    state = inner_optimizer(engine).state
     make = _of_shard if _sharded(engine) else _of_share
     found: list[Source] = []
     for slices in by_owner.values():
-        found += [s for kind, t in _tensors(slices[0].owner, state) if (s := make(kind, t, slices, rank, num_ranks))]
+        found += [
+            s for kind, t in _tensors(slices[0].owner, state, averages) if (s := make(kind, t, slices, rank, num_ranks))
+        ]
     return found
 
 
@@ -133,66 +160,94 @@ def _of_share(kind: str, tensor: torch.Tensor, slices: list[_Slice], rank: int, 
 
 def tensor_ids(engine: Any, owners: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Which tensors the optimizer has for them now: other ones need other sources."""
-    state = _inner(engine).state
-    return tuple(id(tensor) for owner in owners for _, tensor in _tensors(owner, state))
+    state = inner_optimizer(engine).state
+    return tuple(id(tensor) for owner in owners for _, tensor in _tensors(owner, state, _NONE))
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    """The tensors that the optimizer steps on this rank."""
+    return list({id(piece.owner): piece.owner for piece in _layout(engine)}.values())
 
 
 def owners(found: Sequence[Source]) -> list[torch.Tensor]:
     """The tensors that the optimizer steps, of which the others are moments."""
-    return [source.tensor for source in found if source.kind == "param"]
+    return [source.tensor for source in found if source.kind == PARAM]
 
 
-def collect(engine: Any, rank: int, num_ranks: int) -> list[Fragment]:
+def collect(engine: Any, rank: int, num_ranks: int, averages: Averages = _NONE) -> list[Fragment]:
     """Copies of what this rank owns, in host memory."""
     found: list[Fragment] = []
-    for source in sources(engine, rank, num_ranks):
+    for source in sources(engine, rank, num_ranks, averages):
         values = source.values.to("cpu", torch.float32, copy=True)
         for p in source.pieces:
             found.append(Fragment(p.name, source.kind, p.shape, p.offset, values[p.start : p.start + p.length]))
     return found
 
 
-def _tensors(owner: torch.Tensor, state: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "param", owner
-    moments = state.get(owner, {})
-    for kind in _KINDS:
-        if isinstance(moments.get(kind), torch.Tensor):
-            yield kind, moments[kind]
+def _tensors(owner: torch.Tensor, state: Any, averages: Averages) -> Iterator[tuple[str, torch.Tensor]]:
+    yield PARAM, owner
+    for kind, value in state.get(owner, {}).items():
+        if not isinstance(value, torch.Tensor) or is_number(kind, value, owner):
+            continue
+        if kind in (PARAM, AVERAGE):
+            raise CheckpointError(f"the optimizer keeps state called {kind!r}, a name that checkpoints use: rename it")
+        if value.numel() != owner.numel():
+            raise CheckpointError(
+                f"the optimizer keeps {value.numel()} numbers ({kind!r}) for {owner.numel()} weights; a checkpoint "
+                "holds a number per weight or one for all: use another optimizer"
+            )
+        yield kind, value
+    if id(owner) in averages:
+        yield AVERAGE, averages[id(owner)]
+
+
+def is_number(name: str, value: Any, owner: torch.Tensor) -> bool:
+    """Whether what an optimizer keeps is one number for a whole tensor, such as its count of steps."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and (owner.numel() != 1 or name == "step")
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- in ----
 
 
-def restore(engine: Any, read: Read, has: Callable[[str, str], bool], optimizer_step: int) -> None:
+def restore(engine: Any, read: Read, kinds: Callable[[str], Collection[str]], averages: Averages = _NONE) -> None:
     """Loads what this rank needs now, makes the optimizer's state, and refreshes the weights on all ranks.
+
+    Args:
+        read: gives elements [offset, offset + length) of the flattened tensor (name, kind).
+        kinds: what there is of a parameter besides its values.
 
     Raises:
         CheckpointError: the checkpoint lacks something this network has.
     """
-    inner = _inner(engine)
-    pieces = list(_layout(engine))
+    inner = inner_optimizer(engine)
     with torch.no_grad():
-        for piece in pieces:
-            piece.of(piece.owner).copy_(read(piece.name, "param", piece.offset, piece.length))
-            for kind in _KINDS:
-                if has(piece.name, kind):
-                    moment = _moment(inner, piece.owner, kind, optimizer_step)
-                    piece.of(moment).copy_(read(piece.name, kind, piece.offset, piece.length))
-        _refresh(engine)
+        for piece in list(_layout(engine)):
+            piece.of(piece.owner).copy_(read(piece.name, PARAM, piece.offset, piece.length))
+            found = kinds(piece.name)
+            for kind in found:
+                if kind in (PARAM, AVERAGE):
+                    continue
+                moment = _moment(inner, piece.owner, kind)
+                piece.of(moment).copy_(read(piece.name, kind, piece.offset, piece.length))
+            if id(piece.owner) in averages:
+                # Of a run that had none so far it begins here.
+                kind = AVERAGE if AVERAGE in found else PARAM
+                piece.of(averages[id(piece.owner)]).copy_(read(piece.name, kind, piece.offset, piece.length))
+        refresh(engine)
 
 
-def _moment(inner: Any, owner: torch.Tensor, kind: str, optimizer_step: int) -> torch.Tensor:
+def _moment(inner: Any, owner: torch.Tensor, kind: str) -> torch.Tensor:
     """The moment's tensor, made if the optimizer has not stepped yet."""
     state = inner.state[owner]
     if kind not in state:
         state[kind] = torch.zeros_like(owner, memory_format=torch.preserve_format)
-    if kind.startswith("exp_avg"):
-        state["step"] = torch.tensor(float(optimizer_step))
     moment: torch.Tensor = state[kind]
     return moment
 
 
-def _refresh(engine: Any) -> None:
+def refresh(engine: Any) -> None:
     """Copies the fp32 masters into the weights that forward uses."""
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
@@ -213,7 +268,7 @@ def _refresh(engine: Any) -> None:
 # ---- where things are, by stage ----
 
 
-def _inner(engine: Any) -> Any:
+def inner_optimizer(engine: Any) -> Any:
     """The torch optimizer under DeepSpeed's wrappers."""
     optimizer = engine.optimizer
     while hasattr(optimizer, "optimizer"):

@@ -84,12 +84,15 @@ class FragmentReader:
             for name, kind, shape, key, offset, length, start in file["parts"]:
                 self.shapes[name, kind] = tuple(shape)
                 self._parts.setdefault((name, kind), []).append((offset, length, file["name"], key, start))
+        self._kinds: dict[str, list[str]] = {}
+        for name, kind in self._parts:
+            self._kinds.setdefault(name, []).append(kind)
         for parts in self._parts.values():
             parts.sort()
 
-    def has(self, name: str, kind: str) -> bool:
-        """Whether the checkpoint holds this tensor."""
-        return (name, kind) in self._parts
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What the checkpoint holds of a parameter: its values, their average, the optimizer's moments."""
+        return tuple(self._kinds.get(name, ()))
 
     def read(self, name: str, kind: str, offset: int, length: int) -> torch.Tensor:
         """Elements [offset, offset + length) of the flattened tensor, fp32.

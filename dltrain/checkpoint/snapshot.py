@@ -1,21 +1,27 @@
 """One rank's part of a run's state: copied into slots in memory, and loaded from them or from storage.
 
-snapshots = Snapshots(engine, module, rank, num_ranks, attempt)
-index = snapshots.take(step, position, applied)      # one large copy per tensor of the optimizer
+snapshots = Snapshots([Network("", engine, module)], rank, num_ranks, attempt)
+index = snapshots.take(step, position, [applied])    # one large copy per tensor of the optimizer
 snapshots.layout                                     # what is where in a slot, for the manifest
-load(engine, module, FragmentReader(store, checkpoint), applied, rank, num_ranks)
+applied = load([Network("", engine, module)], FragmentReader(store, checkpoint), applied, rank, num_ranks)
+
+Of several networks the names of parameters and buffers begin with the network's, and the updates that each of them has
+had are saved beside them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from dltrain.checkpoint import fragments
+from dltrain.checkpoint.fragments import Network
+from dltrain.checkpoint.numbers import is_another, numbers, set_numbers
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.slots import Seal, SlotWriter
 from dltrain.errors import CheckpointError
@@ -75,18 +81,25 @@ class Snapshots:
         layout: what is where; another one after `take` returned when `generation` has changed.
     """
 
-    def __init__(self, engine: Any, module: torch.nn.Module, rank: int, num_ranks: int, attempt: int) -> None:
-        self._engine, self._module, self._attempt = engine, module, attempt
+    def __init__(self, networks: Sequence[Network], rank: int, num_ranks: int, attempt: int) -> None:
+        self._networks, self._attempt = networks, attempt
         self._rank, self._num_ranks = rank, num_ranks
         # Collectives under ZeRO-3, so here, where every rank is; rank 0 keeps them.
-        frozen = fragments.frozen(module)
+        frozen = {n.prefix + name: t for n in networks for name, t in fragments.frozen(n.module).items()}
         self._frozen = {f"frozen:{name}": t.cpu() for name, t in frozen.items()} if rank == 0 else {}
-        self._whole = sorted(f"frozen:{name}" for name in frozen)
-        self._buffers = list(fragments.buffers(module))
+        # key in the file -> where it is
+        self._buffers = {
+            f"buffer:{n.prefix}{name}": (n.module, name) for n in networks for name in fragments.buffers(n.module)
+        }
+        self._counted = {f"applied:{n.prefix}": torch.zeros((), dtype=torch.int64) for n in networks if n.prefix}
+        self._names = [*(f"frozen:{name}" for name in frozen), *self._buffers, *self._counted]
         self.generation = 0
         self._sources: list[fragments.Source] = []
-        self._owners: list[torch.Tensor] = []
+        self._owners: list[list[torch.Tensor]] = []
         self._tensors: tuple[int, ...] = ()
+        # Of now; and the names of those that the slots have room for.
+        self._numbers: dict[str, torch.Tensor] = {}
+        self._known: tuple[str, ...] = ()
         self._writer: SlotWriter | None = None
 
     @property
@@ -101,18 +114,24 @@ class Snapshots:
 
     def prepare(self) -> None:
         """Makes the slots, or makes them anew when the optimizer has other tensors than before."""
-        if self._writer and fragments.tensor_ids(self._engine, self._owners) == self._tensors:
+        self._numbers = self._read_numbers()
+        if self._writer and self._tensor_ids() == self._tensors and tuple(self._numbers) == self._known:
             return
-        self._sources = sources = fragments.sources(self._engine, self._rank, self._num_ranks)
-        self._owners = fragments.owners(sources)
-        self._tensors = fragments.tensor_ids(self._engine, self._owners)
+        self._known = tuple(self._numbers)
+        found = [
+            _prefixed(n.prefix, fragments.sources(n.engine, self._rank, self._num_ranks, n.averages))
+            for n in self._networks
+        ]
+        self._owners = [fragments.owners(of_one) for of_one in found]
+        self._sources = sources = [source for of_one in found for source in of_one]
+        self._tensors = self._tensor_ids()
         if self._writer:
             self._writer.close()
         keys = _keys(sources)
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for key, source in zip(keys, sources, strict=True):
             tensors[key] = torch.float32, (source.hi - source.lo,)
-        for name, value in self._constant_and_buffers().items():
+        for name, value in self._whole_tensors().items():
             tensors[name] = (value.dtype, tuple(value.shape))
         head, places = _lay_out(tensors)
         self._places = places
@@ -126,17 +145,30 @@ class Snapshots:
             for key, s in zip(keys, sources, strict=True)
             for p in s.pieces
         ]
-        whole = sorted([*self._whole, *(f"buffer:{name}" for name in self._buffers)])
-        self.layout = Layout(size, parts, whole, fragments.ties(self._module))
+        self.layout = Layout(size, parts, sorted([*self._names, *self._known]), self._ties())
         self.generation += 1
 
-    def take(self, step: int, position: int, applied: int) -> int | None:
-        """Copies the state into a slot and returns its index; None when all slots are needed as they are."""
+    def _tensor_ids(self) -> tuple[int, ...]:
+        each = zip(self._networks, self._owners, strict=True)
+        return tuple(i for network, owners in each for i in fragments.tensor_ids(network.engine, owners))
+
+    def _ties(self) -> dict[str, str]:
+        found = ((n.prefix, fragments.ties(n.module)) for n in self._networks)
+        return {prefix + alias: prefix + name for prefix, ties in found for alias, name in ties.items()}
+
+    def take(self, step: int, position: int, applied: Sequence[int]) -> int | None:
+        """Copies the state into a slot and returns its index; None when all slots are needed as they are.
+
+        Args:
+            applied: updates that each network has had.
+        """
         self.prepare()
         assert self._writer is not None
         index = self._writer.free()
         if index is not None:
-            seal = Seal(self._attempt, step, position, applied)
+            for counted, number in zip(self._counted.values(), applied, strict=False):
+                counted.fill_(number)
+            seal = Seal(self._attempt, step, position, applied[0])
             self._writer.write(index, seal, lambda: self._copy(index))
         return index
 
@@ -159,8 +191,8 @@ class Snapshots:
         with torch.no_grad():
             for key, source in zip(self._keys, self._sources, strict=True):
                 views[key].copy_(source.values)
-            for name in self._buffers:
-                views[f"buffer:{name}"].copy_(self._module.get_buffer(name))
+            for name, value in self._changing().items():
+                views[name].copy_(value)
 
     def _map(self, index: int) -> dict[str, torch.Tensor]:
         assert self._writer is not None
@@ -172,8 +204,25 @@ class Snapshots:
             views[p.key] = flat.reshape(p.shape) if flat is not None else torch.zeros(p.shape, dtype=p.dtype)
         return views
 
-    def _constant_and_buffers(self) -> dict[str, torch.Tensor]:
-        return self._frozen | {f"buffer:{name}": self._module.get_buffer(name) for name in self._buffers}
+    def _changing(self) -> dict[str, torch.Tensor]:
+        buffers = {key: module.get_buffer(name) for key, (module, name) in self._buffers.items()}
+        return buffers | self._counted | self._numbers
+
+    def _read_numbers(self) -> dict[str, torch.Tensor]:
+        return {
+            f"number:{n.prefix}{name}": torch.tensor(value, dtype=torch.float64)
+            for n in self._networks
+            for name, value in numbers(n.engine).items()
+        }
+
+    def _whole_tensors(self) -> dict[str, torch.Tensor]:
+        return self._frozen | self._changing()
+
+
+def _prefixed(prefix: str, sources: list[fragments.Source]) -> list[fragments.Source]:
+    if not prefix:
+        return sources
+    return [replace(s, pieces=tuple(p._replace(name=prefix + p.name) for p in s.pieces)) for s in sources]
 
 
 def _keys(sources: Sequence[fragments.Source]) -> list[str]:
@@ -211,28 +260,59 @@ def _name(key: str, dtype: torch.dtype) -> str:
 
 
 def load(
-    engine: Any, module: torch.nn.Module, reader: FragmentReader, applied: int, rank: int = 0, num_ranks: int = 1
-) -> None:
+    networks: Sequence[Network],
+    reader: FragmentReader,
+    applied: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    say: Callable[[str], object] | None = None,
+) -> list[int]:
     """Loads the slices this rank needs now, at any number of ranks and any ZeRO stage.
 
     Args:
-        applied: updates that the optimizer had made.
+        applied: updates that the optimizer had made, where there is one network.
+        say: told of optimizers that begin without the state that was saved, because they are others now.
+
+    Returns:
+        Updates that each network has had.
 
     Raises:
-        CheckpointError: the network is not the one that was saved.
+        CheckpointError: the networks are not those that were saved.
     """
-    _check_names(module, reader)
-    fragments.restore(engine, reader.read, reader.has, applied)
-    saved = reader.buffers(rank, num_ranks)
-    with torch.no_grad():
-        for name, buffer in fragments.buffers(module).items():
-            if name in saved:
-                buffer.copy_(saved[name])
-    fragments.restore_frozen(module, reader.whole("frozen:"))
+    _check_names(networks, reader)
+    counted, saved, frozen = reader.whole("applied:"), reader.buffers(rank, num_ranks), reader.whole("frozen:")
+    kept = {name: float(value) for name, value in reader.whole("number:").items()}
+    updates = [int(counted[n.prefix]) if n.prefix in counted else applied for n in networks]
+    for network in networks:
+        mine = {n.removeprefix(network.prefix): v for n, v in kept.items() if n.startswith(network.prefix)}
+        new = is_another(network.engine, mine)
+        if new:
+            of = f" of {network.prefix[:-1]}" if network.prefix else ""
+            if say:
+                say(f"the optimizer{of} is another one than was saved: it begins without its state")
+        read, kinds = partial(_read, reader, network.prefix), partial(_kinds, reader, network.prefix, new)
+        fragments.restore(network.engine, read, kinds, network.averages)
+        set_numbers(network.engine, mine, afresh=new)
+        with torch.no_grad():
+            for name, buffer in fragments.buffers(network.module).items():
+                if network.prefix + name in saved:
+                    buffer.copy_(saved[network.prefix + name])
+        fixed = {n.removeprefix(network.prefix): t for n, t in frozen.items() if n.startswith(network.prefix)}
+        fragments.restore_frozen(network.module, fixed)
+    return updates
 
 
-def _check_names(module: torch.nn.Module, reader: FragmentReader) -> None:
-    names = {n for n, p in module.named_parameters() if p.requires_grad}
+def _read(reader: FragmentReader, prefix: str, name: str, kind: str, offset: int, length: int) -> torch.Tensor:
+    return reader.read(prefix + name, kind, offset, length)
+
+
+def _kinds(reader: FragmentReader, prefix: str, new: bool, name: str) -> tuple[str, ...]:
+    found = reader.kinds(prefix + name)
+    return tuple(kind for kind in found if kind == fragments.AVERAGE) if new else found
+
+
+def _check_names(networks: Sequence[Network], reader: FragmentReader) -> None:
+    names = {n.prefix + name for n in networks for name, p in n.module.named_parameters() if p.requires_grad}
     differ = sorted(names ^ set(reader.names))
     if differ:
         raise CheckpointError(

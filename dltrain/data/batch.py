@@ -68,7 +68,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A metric's share from one batch: a total over `count` units; the metric is the quotient over all ranks."""
+    """A metric's share from one batch: a total over `count` units; the metric is the quotient over all ranks.
 
-    total: float
+    The total may be a numpy array, such as a histogram, of one shape in all batches; see `Task.metrics`.
+    """
+
+    total: Any
     count: float

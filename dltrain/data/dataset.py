@@ -10,7 +10,6 @@ planned: the plan holds which rows stay, so that an epoch has the same number of
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,13 +25,11 @@ from dltrain.data.packing import Pack, num_chunks, packed_schema
 from dltrain.data.reader import UnitReader
 from dltrain.errors import DataError
 
-__all__ = ["read_dataset"]
+__all__ = ["Filter", "read_dataset"]
 
 _THREADS = 8
 _AHEAD = 32
-_TELL_SECONDS = 5.0
 Filter = Sequence[Sequence[Any]]
-Tell = Callable[[str], None]
 
 
 def read_dataset(
@@ -42,8 +39,8 @@ def read_dataset(
     *,
     filter: Filter = (),
     pack: Pack | None = None,
-    tell: Tell = lambda _: None,
-    clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Catalog:
     """What there is to read, ready for an order.
 
@@ -52,7 +49,8 @@ def read_dataset(
         field: the spec's field that named the url, for messages.
         filter: conditions [column, op, value] that rows must meet.
         pack: sequences that are laid end to end.
-        tell: gets a sentence about the scan's progress now and then, and one about its result.
+        tell: gets a sentence about what a filter keeps.
+        progress: gets the row groups that a filter has read, and how many it must.
 
     Raises:
         DataError: nothing there, no rows, not Parquet, schemas that differ, a column missing or of another type, or a
@@ -64,7 +62,7 @@ def read_dataset(
     catalog = read_catalog(url, read, field, filter=filter, counted=counted)
     schema = packed_schema(catalog.schema, *pack) if pack else catalog.schema
     if filter:
-        catalog = _filtered(catalog, filter, counted, field, _Progress(field, tell, clock))
+        catalog = _filtered(catalog, filter, counted, field, tell, progress)
     units = catalog.units
     if pack:
         rows = num_chunks(units["values"].to_numpy(), pack.length)
@@ -81,7 +79,14 @@ class _Kept(NamedTuple):
     values: int
 
 
-def _filtered(catalog: Catalog, filter: Filter, counted: str | None, field: str, progress: _Progress) -> Catalog:
+def _filtered(
+    catalog: Catalog,
+    filter: Filter,
+    counted: str | None,
+    field: str,
+    tell: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> Catalog:
     """The catalog of the rows that stay."""
     units, conditions = catalog.units, parse_filter(filter, catalog.schema, catalog.url)
     asked = units["asked"].to_numpy()
@@ -96,7 +101,10 @@ def _filtered(catalog: Catalog, filter: Filter, counted: str | None, field: str,
         rows[unit], bits[unit] = kept.rows, kept.bits
         if values is not None:
             values[unit] = kept.values
-    progress.done(catalog.num_units, len(open_units), int(rows.sum()), total)
+    tell(
+        f"{field}: the filter keeps {int(rows.sum()):,} of {total:,} rows in {catalog.num_units:,} row groups, "
+        f"of which {len(open_units):,} had to be read"
+    )
     if not rows.any():
         shown = json.dumps([list(item) for item in filter], default=str)
         raise DataError(f"{field}: no row of {catalog.url} meets data.filter {shown}; nothing is left to read")
@@ -107,7 +115,11 @@ def _filtered(catalog: Catalog, filter: Filter, counted: str | None, field: str,
 
 
 def _scan(
-    catalog: Catalog, units: Any, conditions: Sequence[Condition], counted: str | None, progress: _Progress
+    catalog: Catalog,
+    units: Any,
+    conditions: Sequence[Condition],
+    counted: str | None,
+    progress: Callable[[int, int], None],
 ) -> Iterator[_Kept]:
     """What stays of each unit, in their order, read by a few threads."""
     columns = list(dict.fromkeys([*(c.column for c in conditions), *([counted] if counted else [])]))
@@ -126,7 +138,7 @@ def _scan(
             reader.start(int(units[at]), float(at))
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="dltrain-scan") as pool:
             for done, kept in enumerate(pool.map(scan, range(len(units))), 1):
-                progress.at(done, len(units))
+                progress(done, len(units))
                 yield kept
     finally:
         reader.close()
@@ -139,23 +151,3 @@ def _keep(table: pa.Table, conditions: Sequence[Condition], counted: str | None)
         lengths = pc.list_value_length(table[counted].filter(pa.array(keep)))
         values = pc.sum(lengths).as_py() or 0
     return _Kept(int(keep.sum()), None if keep.all() else pack_bits(keep), values)
-
-
-class _Progress:
-    """Says how far the scan is, every few seconds."""
-
-    def __init__(self, field: str, tell: Tell, clock: Callable[[], float]) -> None:
-        self._field, self._tell, self._clock = field, tell, clock
-        self._told = clock()
-
-    def at(self, done: int, total: int) -> None:
-        now = self._clock()
-        if now - self._told >= _TELL_SECONDS:
-            self._told = now
-            self._tell(f"{self._field}: the filter has read {done:,} of {total:,} row groups")
-
-    def done(self, num_units: int, num_read: int, rows: int, total: int) -> None:
-        self._tell(
-            f"{self._field}: the filter keeps {rows:,} of {total:,} rows in {num_units:,} row groups, "
-            f"of which {num_read:,} had to be read"
-        )

@@ -124,17 +124,14 @@ def _find(fs: Any, path: str) -> tuple[dict[str, Any], int]:
     """The files to read, and how many others were passed over."""
     if any(c in path for c in _WILD):
         return {k: v for k, v in fs.glob(path, detail=True).items() if v["type"] == "file"}, 0
-    try:
-        info = fs.info(path)
-    except FileNotFoundError:
-        return {}, 0
-    if info["type"] == "file":
-        return {path: info}, 0
+    # Of a file it finds the file itself: one request says which of the two it is, and what is there.
     everything = fs.find(path, detail=True)
+    if list(everything) == [path]:
+        return everything, 0
     if any(name.endswith(f"/{UNFINISHED}") for name in everything):
         raise DataError(
-            f"{path} is not complete: `dltrain data rewrite` is writing it, or was interrupted; let it finish, or "
-            "run it again"
+            f"{path} is not complete: `dltrain data rewrite` or `predict` is writing it, or was interrupted; let "
+            "it finish, or run it again"
         )
     found = {k: v for k, v in everything.items() if k.endswith(_SUFFIXES) and not _hidden(k[len(path) :])}
     return found, len(everything) - len(found)

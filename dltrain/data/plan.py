@@ -18,13 +18,14 @@ from functools import cached_property
 import pyarrow as pa
 
 from dltrain.data.catalog import Catalog, check_columns
-from dltrain.data.dataset import read_dataset
+from dltrain.data.dataset import Filter, read_dataset
 from dltrain.data.files import DataFile, Files, list_files
 from dltrain.data.footers import Footers
 from dltrain.data.identity import plan_id
 from dltrain.data.mixture import Mixture
 from dltrain.data.order import I64, Order, choose_lanes, key
 from dltrain.data.packing import Pack
+from dltrain.data.progress import ProgressBar
 from dltrain.errors import DataError, StoreError
 from dltrain.spec import DataSpec
 from dltrain.store import Store, explain, filesystem
@@ -36,6 +37,8 @@ _META = b"dltrain.plan"
 # The purpose of a derived key; the others are in `order`, `identity` and `windows`.
 _SOURCE = 12
 _EVAL = "eval"
+# A filter that takes no longer than this needs no progress bar.
+_SLOW_SECONDS = 2.0
 _SMALL_BYTES = 256 * 1024
 
 
@@ -210,18 +213,26 @@ def read_plan(data: DataSpec, global_batch: int, tell: Callable[[str], None]) ->
     """Reads what there is and plans a run over it.
 
     Args:
-        tell: gets a sentence now and then while a filter reads rows.
+        tell: gets a sentence about what a filter keeps; while it reads a progress bar is on stderr.
 
     Raises:
         UserError: faults of the data, or of the storage.
     """
     packed = Pack(data.pack.column, data.pack.length) if data.pack else None
 
-    def read(url: str, field: str) -> Catalog:
-        return read_dataset(url, data.columns, field, filter=data.filter, pack=packed, tell=tell)
+    def read(url: str, field: str, conditions: Filter = ()) -> Catalog:
+        said: list[str] = []
+        both = (*data.filter, *conditions)
+        with ProgressBar(f"{field}: filter", "row groups", patience=_SLOW_SECONDS) as bar:
+            catalog = read_dataset(
+                url, data.columns, field, filter=both, pack=packed, tell=said.append, progress=bar.update
+            )
+        for text in said:
+            tell(text)
+        return catalog
 
     fields = ["data.train"] if data.train else [f"data.mix ({source.name})" for source in data.mix]
-    catalogs = {s.name: (read(s.url, field), s.weight) for s, field in zip(data.sources, fields, strict=True)}
+    catalogs = {s.name: (read(s.url, field, s.filter), s.weight) for s, field in zip(data.sources, fields, strict=True)}
     evaluation = read(data.eval, "data.eval") if data.eval else None
     return make_plan(catalogs, evaluation, global_batch, data.seed, data.lanes, data.window)
 

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from dltrain.wording import human_bytes, human_seconds
+
 __all__ = ["ProgressBar", "human_bytes", "human_seconds"]
 
 _EVERY_SECONDS = 10.0
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 class ProgressBar:
@@ -82,20 +83,3 @@ class ProgressBar:
 
     def _amount(self, value: float) -> str:
         return human_bytes(value) if self._unit == "bytes" else f"{value:,.0f} {self._unit}"
-
-
-def human_bytes(value: float) -> str:
-    """As a person would say it: 1536 -> "1.5 KiB"."""
-    step = 0
-    while value >= 1024 and step < len(_UNITS) - 1:
-        value /= 1024
-        step += 1
-    return f"{value:,.1f} {_UNITS[step]}" if step else f"{value:,.0f} bytes"
-
-
-def human_seconds(seconds: float) -> str:
-    """As a person would say it: 95 -> "1 min 35 s"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -5,21 +5,29 @@
     for line in read_journal(store, "steps"): ...
 
 A local directory gets one file that is appended to. Objects can't be appended: elsewhere the lines are kept
-and uploaded as numbered parts, steps/00000001.jsonl, at every flush.
+and uploaded as numbered parts, steps/00000001-5f0c2a81.jsonl, at every flush; the second half is the writer's own,
+since one that was replaced may not know it yet.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dltrain.store import Store
 
-__all__ = ["Journal", "is_local", "read_journal", "read_json", "write_json"]
+__all__ = ["Journal", "ends_a_line", "is_local", "journal_pieces", "read_journal", "read_json", "write_json"]
+
+_PIECE_BYTES = 4 * 1024 * 1024
+_READERS, _READ_AHEAD = 8, 64
 
 
 def is_local(store: Store) -> bool:
@@ -35,13 +43,15 @@ class Journal:
         self._store, self._name = store, name
         self._lines: list[str] = []
         self._lock, self._flushing = threading.Lock(), threading.Lock()
-        self._file: IO[str] | None = None
+        self._file: io.FileIO | None = None
         if is_local(store):
             path = Path(store.path(f"{name}.jsonl"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a")
+            # Without buffers, which would keep a part of what a full disk refused.
+            self._file = path.open("ab", buffering=0)
+            self._torn = not ends_a_line(path)
         else:
-            self._part = len(store.list(name))
+            self._part, self._mark = len(store.list(name)), uuid.uuid4().hex[:8]
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line; it is durable after the next flush."""
@@ -68,11 +78,18 @@ class Journal:
 
     def _write(self, text: str) -> None:
         if self._file:
-            self._file.write(text)
-            self._file.flush()
+            self._append(self._file, text)
         else:
-            self._store.write(f"{self._name}/{self._part + 1:08d}.jsonl", text.encode())
+            self._store.write(f"{self._name}/{self._part + 1:08d}-{self._mark}.jsonl", text.encode())
             self._part += 1
+
+    def _append(self, file: io.FileIO, text: str) -> None:
+        """Writes all of it; after a line that was cut short, by a full disk or a crash, it begins on a new one."""
+        rest = memoryview((("\n" if self._torn else "") + text).encode())
+        self._torn = True
+        while rest:
+            rest = rest[file.write(rest) :]
+        self._torn = False
 
     def close(self) -> None:
         """Flushes to disk and closes."""
@@ -83,15 +100,52 @@ class Journal:
             self._file = None
 
 
-def read_journal(store: Store, name: str) -> Iterator[dict[str, Any]]:
-    """The lines of a journal; a last one that was cut short by a crash is left out."""
-    names = [f"{name}.jsonl"] if store.exists(f"{name}.jsonl") else store.list(name)
-    for part in names:
-        for line in store.read(part).decode().splitlines():
-            try:
+def ends_a_line(path: Path) -> bool:
+    """Whether a file's last line is whole; an empty one has none that is not."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read(1) in (b"", b"\n")
+
+
+def read_journal(store: Store, name: str, took: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a journal, read piece by piece; those that were cut short, by a crash or a full disk, are left out.
+
+    Args:
+        took: told of each piece; `journal_pieces` says how many there are.
+    """
+    rest = b""
+    for piece in _pieces(store, name):
+        lines = (rest + piece).split(b"\n")
+        rest = lines.pop()
+        if took:
+            took()
+        for line in lines:
+            # One that was cut short; what was written after it begins on a line of its own.
+            with contextlib.suppress(ValueError):
                 yield json.loads(line)
-            except ValueError:
-                continue
+    with contextlib.suppress(ValueError):
+        yield json.loads(rest)
+
+
+def journal_pieces(store: Store, name: str) -> int:
+    """In how many pieces a journal is read."""
+    whole = f"{name}.jsonl"
+    return -(-store.size(whole) // _PIECE_BYTES) if store.exists(whole) else len(store.list(name))
+
+
+def _pieces(store: Store, name: str) -> Iterator[bytes]:
+    """Of a file, pieces of one size; of objects, each of them, several at once: every one is a journey."""
+    whole, start = f"{name}.jsonl", 0
+    if store.exists(whole):
+        while piece := store.read(whole, start, start + _PIECE_BYTES):
+            start += len(piece)
+            yield piece
+        return
+    parts = store.list(name)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for i in range(0, len(parts), _READ_AHEAD):
+            yield from pool.map(store.read, parts[i : i + _READ_AHEAD])
 
 
 def write_json(store: Store, name: str, value: Mapping[str, Any]) -> None:

@@ -1,14 +1,19 @@
-"""Tables for the terminal: a run's end, its state, all runs, its checkpoints."""
+"""Tables for the terminal: a run's end, its state, all runs, its checkpoints, the jobs of a cluster."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-__all__ = ["print_checkpoints", "print_runs", "print_status", "print_summary"]
+from dltrain.observing.reports import OVER
+from dltrain.wording import human_seconds
+
+__all__ = ["print_checkpoints", "print_jobs", "print_runs", "print_status", "print_summary"]
 
 
 def print_summary(summary: Mapping[str, Any], spec: str) -> None:
@@ -26,10 +31,15 @@ def print_summary(summary: Mapping[str, Any], spec: str) -> None:
     table.add_row("restarts", str(summary["restarts"]))
     table.add_row("run directory", summary["dir"])
     table.add_row("checkpoints", f"{summary['dir']}/checkpoints")
+    for file in summary.get("profiles", ()):
+        table.add_row("profile", f"{summary['dir']}/{file}")
     console.print(table)
-    name = summary["run"]
+    # A name is enough where names are looked up.
+    known = f"{os.environ.get('DLTRAIN_RUNS', './runs')}/{summary['run']}"
+    name = summary["run"] if summary["dir"] in (known, os.path.abspath(known)) else summary["dir"]
     for command, what in {
-        f"dltrain checkpoint export {name}": "take the best weights away as model.safetensors",
+        f"dltrain report {name} --open": "curves, samples, faults and where the time went, as one page",
+        f"dltrain predict {name} INPUT": "use the best weights; `dltrain checkpoint export` takes them away",
         f"dltrain run {spec} train.epochs=32": "train on from here",
         f"dltrain status {name}": "its state, at any time, from another terminal",
     }.items():
@@ -40,18 +50,34 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.2%}" if "accuracy" in name else f"{value:.4g}"
 
 
-def print_status(state: Mapping[str, Any]) -> None:
-    """One run's state."""
+def print_status(state: Mapping[str, Any], sentences: Sequence[str] = ()) -> None:
+    """One run's state, and what else is told of it."""
     table = Table(show_header=False)
-    for name in ("run", "state", "step", "total_steps", "world_size", "restarts", "samples_per_second", "goodput"):
+    for name in (
+        "job",
+        "job_status",
+        "run",
+        "state",
+        "step",
+        "total_steps",
+        "world_size",
+        "restarts",
+        "samples_per_second",
+        "goodput",
+    ):
         if name in state:
             table.add_row(name.replace("_", " "), str(state[name]))
-    for name in ("checkpoint_step", "metrics_url", "silent_seconds", "error"):
+    # Nobody listens there any more.
+    listening = () if state.get("state") in OVER else ("metrics_url",)
+    for name in ("checkpoint_step", *listening, "silent_seconds", "error", "exit_code"):
         if state.get(name) not in (None, ""):
             table.add_row(name.replace("_", " "), str(state[name]))
     for worker in state.get("workers", ()):
         table.add_row(f"rank {worker['rank']}", f"pid {worker['pid']} on {worker['node']}, {worker['state']}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_runs(states: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -59,7 +85,9 @@ def print_runs(states: Sequence[Mapping[str, Any]], where: str) -> None:
     if not states:
         Console().print(f"no runs under {where}; start one with: dltrain run SPEC")
         return
-    table = Table("run", "state", "step", "workers", "samples/s", "goodput")
+    # On a narrow terminal the figures give way, not the name that every command asks for.
+    name, state_name = Column("run", no_wrap=True, overflow="fold"), Column("state", no_wrap=True)
+    table = Table(name, state_name, "step", "workers", "samples/s", "goodput")
     for state in states:
         total = state.get("total_steps", "?")
         cells = (f"{state.get('step', 0)}/{total}", state.get("world_size", 0), state.get("samples_per_second", 0))
@@ -77,4 +105,16 @@ def print_checkpoints(rows: Sequence[Mapping[str, Any]]) -> None:
         metrics = "  ".join(f"{k} {v:.4f}" for k, v in row["metrics"].items())
         cells = (str(row["step"]), str(row["num_ranks"]), str(row["zero"]), f"{row['bytes']:,} B", metrics)
         table.add_row(*cells, "best" if row["best"] else "")
+    Console().print(table)
+
+
+def print_jobs(jobs: Sequence[Mapping[str, Any]], where: str) -> None:
+    """The jobs of a cluster, a line each."""
+    if not jobs:
+        Console().print(f"no runs were submitted to {where}; submit one with: dltrain submit SPEC --address {where}")
+        return
+    table = Table("job", "run", "state", "submitted", "took", "run directory")
+    for job in jobs:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["submitted"]))
+        table.add_row(job["job"], job["run"], job["job_status"], since, human_seconds(job["seconds"]), job["dir"])
     Console().print(table)

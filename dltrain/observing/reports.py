@@ -2,7 +2,8 @@
 
 Note* -> Ready -> (StepReport | EvalReport | SlotsMade | SaveWanted)* -> Done | Raised
 
-The agent adds Saved or SaveFailed for each SaveWanted.
+The agent adds Saved or SaveFailed for each SaveWanted. An Aside may come at any time: it is kept and shown, and has no
+bearing on the course of the run.
 """
 
 from __future__ import annotations
@@ -11,33 +12,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dltrain.artifact import Artifact
+
 __all__ = [
+    "OVER",
     "PHASES",
     "Anchor",
+    "Aside",
     "Done",
     "EvalReport",
+    "LogLine",
+    "Logged",
     "Note",
+    "Profiled",
     "Raised",
     "Ready",
     "Report",
     "SaveFailed",
     "SaveWanted",
     "Saved",
+    "Shown",
     "SlotsMade",
     "StepReport",
 ]
 
 PHASES = ("data_wait", "h2d", "forward", "backward", "optimizer", "other")
+# States in which a run is over.
+OVER = ("finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The rank has built its engine and loaded what it resumes from; seconds by phase of its start."""
+    """The rank has built its engine and loaded what it resumes from.
+
+    Attributes:
+        seconds: by phase of its start.
+        device: what it computes on; peak_flops: of that, in FLOPs/s, 0 where it is not known.
+    """
 
     rank: int
     pid: int
     num_parameters: int
     seconds: Mapping[str, float]
+    device: str = ""
+    peak_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,10 @@ class StepReport:
         replaced: (source, epoch, row id, reason) of each row that another one was trained in the place of.
         time: wall clock at its end; snapshot_every: steps between snapshots in memory, 0 for none.
         data: what the rank's readers counted since its last report, of what changed.
+        flops: of the model for the whole step, over all ranks; 0 until they are known.
+        gradient_bytes: that this rank handed over to be aggregated.
+        losses: of each network where there are several, parts as `loss` is.
+        memory_bytes: most that the rank has held; alloc_retries: GPU memory that had to be freed first, since the last.
     """
 
     rank: int
@@ -83,6 +105,11 @@ class StepReport:
     snapshot_every: int = 0
     attempt: int = 0
     data: Mapping[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    gradient_bytes: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+    alloc_retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,4 +216,64 @@ class Done:
     why: str = ""
 
 
-Report = Ready | Note | StepReport | EvalReport | SlotsMade | Anchor | SaveWanted | Saved | SaveFailed | Raised | Done
+@dataclass(frozen=True)
+class Aside:
+    """What is kept and shown, and nothing else."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class LogLine(Aside):
+    """A line that a worker printed, at a time in Unix seconds."""
+
+    text: str
+    error: bool
+    attempt: int = 0
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Logged(Aside):
+    """What a task's callbacks logged at a step."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Shown(Aside):
+    """What a task showed of its work after an evaluation; `left_out`: a sentence for each that was too large."""
+
+    step: int
+    metrics: Mapping[str, float]
+    is_best: bool
+    artifacts: tuple[Artifact, ...]
+    left_out: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profiled(Aside):
+    """The trace of the steps from `step` to `last` is in the run's directory."""
+
+    step: int
+    last: int
+    file: str
+    num_bytes: int
+
+
+Report = (
+    Ready
+    | Note
+    | StepReport
+    | EvalReport
+    | SlotsMade
+    | Anchor
+    | SaveWanted
+    | Saved
+    | SaveFailed
+    | Raised
+    | Done
+    | Aside
+)

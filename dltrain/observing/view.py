@@ -6,6 +6,7 @@ view.on_step(Progress(step=10, total_steps=100, loss=0.5, samples_per_second=900
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ __all__ = ["NoView", "Progress", "TerminalView", "View", "make_view"]
 
 _LINE_SECONDS = 5.0
 _REFRESH_SECONDS = 0.25
+_LINE = re.compile(
+    r"step (\d+)/(\d+)  loss (-?[\d.]+|-?inf|nan)  ([\d,]+) samples/s  data wait (\d+)%  (\d+) workers?", re.ASCII
+)
 _MARKS = {"info": "[bold cyan]·[/]", "good": "[bold green]✓[/]", "warn": "[bold yellow]![/]", "bad": "[bold red]✗[/]"}
 
 
@@ -33,6 +37,20 @@ class Progress:
     samples_per_second: float
     wait_share: float
     workers: int
+
+    @property
+    def line(self) -> str:
+        """As it stands in a log."""
+        return f"step {self.step}/{self.total_steps}  {self}"
+
+    @classmethod
+    def parse(cls, line: str) -> Progress | None:
+        """The inverse of `line`; None for any other line."""
+        found = _LINE.fullmatch(line.strip())
+        if not found:
+            return None
+        step, total, loss, rate, wait, workers = found.groups()
+        return cls(int(step), int(total), float(loss), float(rate.replace(",", "")), int(wait) / 100, int(workers))
 
     def __str__(self) -> str:
         return (
@@ -106,7 +124,8 @@ class TerminalView:
                 self._draw(progress)
         elif now - self._shown >= _LINE_SECONDS or last:
             self._shown = now
-            self._console.print(f"step {progress.step}/{progress.total_steps}  {progress}", highlight=False)
+            # A line stays one line: it may be read by who follows a job's log.
+            self._console.print(progress.line, highlight=False, soft_wrap=True)
 
     def _draw(self, progress: Progress) -> None:
         if self._bar is None:

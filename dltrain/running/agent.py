@@ -25,32 +25,33 @@ from typing import IO, Any
 
 from dltrain.checkpoint.commit import write_rank
 from dltrain.errors import CheckpointError
-from dltrain.observing.reports import Anchor, Done, Report, Saved, SaveFailed, SaveWanted, SlotsMade, StepReport
+from dltrain.observing.reports import (
+    Anchor,
+    Done,
+    LogLine,
+    Saved,
+    SaveFailed,
+    SaveWanted,
+    SlotsMade,
+    StepReport,
+)
 from dltrain.running import diagnose
 from dltrain.running.events import Event, Exited
 from dltrain.running.holdings import Holdings
-from dltrain.running.messages import Bye, Bytes, Command, Hello, Holding, Leavings, Pulse, Slots, Unpin, Want
+from dltrain.running.messages import Anchored, Bye, Bytes, Command, Hello, Holding, Leavings, Pulse, Slots, Unpin, Want
 from dltrain.running.nursery import make_nursery
+from dltrain.running.rendezvous import interface_of
 from dltrain.store import open_store
 from dltrain.training.plan import RankJob
 
-__all__ = ["Agent", "LogLine", "SlotInfo"]
+__all__ = ["Agent", "SlotInfo"]
 
-_TAIL_LINES = 30
+_TAIL_LINES, _TAIL_CHARACTERS = 20, 500
 _DRAIN_SECONDS = 0.1
 _LEASE_CHECK_SECONDS = 0.1
 # An agent whose driver is gone for good ends itself.
 _ORPHAN_SECONDS = 120.0
 _COPY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """A line that a worker printed."""
-
-    rank: int
-    text: str
-    error: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Agent:
     """
 
     def __init__(self, device: str, num_threads: int) -> None:
-        self._events: collections.deque[Event | LogLine] = collections.deque()
+        self._events: collections.deque[Event] = collections.deque()
         self._wake = threading.Condition()
         self._urgent = False
         self._attempt = self._ended = 0
@@ -102,7 +103,7 @@ class Agent:
         context = ray.get_runtime_context()
         address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         gpus = tuple(str(g) for g in context.get_accelerator_ids().get("GPU", []))
-        return SlotInfo(context.get_node_id(), address, _interface_of(address), gpus, os.getpid())
+        return SlotInfo(context.get_node_id(), address, interface_of(address), gpus, os.getpid())
 
     def free_port(self) -> int:
         """A port nobody listens on now, for a rendezvous on this node."""
@@ -134,12 +135,12 @@ class Agent:
         self._others, self._buddy = others, None
         self._worker, self._attempt, self._job = worker, job.attempt, job
         self._heard = time.monotonic()
-        worker.begin(job.rank)
+        worker.begin(job.rank, job.attempt)
         with contextlib.suppress(OSError):  # it died: its exit is the news
             worker.connection.send(job)
         return int(worker.child.pid)
 
-    def poll(self, seconds: float) -> tuple[int, list[Event | LogLine]]:
+    def poll(self, seconds: float) -> tuple[int, list[Event]]:
         """The attempt, and what happened in it; waits up to `seconds`, unless something other than a step happened."""
         deadline = time.monotonic() + seconds
         with self._wake:
@@ -207,17 +208,17 @@ class Agent:
 
     # ---- snapshots ----
 
-    def hold(self, slots: Slots) -> bool:
+    def hold(self, slots: Slots | None) -> bool:
         """Holds another agent's slots open as well, so that they outlive it; False when they are gone already."""
-        return self._holdings.open(slots, mine=False) is not None
+        return slots is not None and self._holdings.open(slots, mine=False) is not None
 
     def my_slots(self) -> Slots | None:
         """This rank's, as others can open them."""
         return self._holdings.mine()
 
-    def forget(self, attempt: int) -> None:
-        """Snapshots of attempts before this one are not needed any more."""
-        self._holdings.forget(attempt)
+    def forget(self, attempt: int, but: int = 0) -> None:
+        """Snapshots of attempts before this one are not needed any more, but for one of them."""
+        self._holdings.forget(attempt, but)
 
     def reports_of(self, rank: int) -> list[StepReport]:
         """The newest reports of a rank whose agent is gone."""
@@ -271,7 +272,7 @@ class Agent:
             case _:
                 self._push_event(report)
 
-    def _push_event(self, event: Report | Event | LogLine) -> None:
+    def _push_event(self, event: Event) -> None:
         with self._wake:
             self._events.append(event)
             if not isinstance(event, StepReport | LogLine) or self._first(event):
@@ -308,8 +309,10 @@ class Agent:
             if found:
                 reports = self._holdings.records(anchor.rank)
                 self._holdings.keep(*found, reports)
+                begin = time.monotonic()
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(buddy.keep.remote(*found, reports), timeout=_COPY_SECONDS)
+                worker.send(Anchored(time.monotonic() - begin))
         finally:
             self._anchoring = False
 
@@ -340,10 +343,10 @@ class Agent:
             self._push_event(event)
 
     def _write(self, wanted: SaveWanted, job: RankJob) -> tuple[dict[str, Any], dict[str, Any]]:
-        slots = self._holdings.mine()
-        if slots is None:
-            raise CheckpointError("the memory of the worker's snapshots is gone")
-        data = self._holdings.slot_bytes(wanted.slot)
+        found = self._holdings.slot_bytes(job.attempt, wanted.step, wanted.slot)
+        if found is None:
+            raise CheckpointError("the memory of the snapshot has been used for another one")
+        slots, data = found
         file = write_rank(open_store(job.checkpoints), wanted.step, job.attempt, job.rank, data)
         meta = {"optimizer_step": wanted.applied, "whole": slots.whole, "ties": dict(slots.ties)}
         return {**file, "parts": slots.parts}, meta if job.rank == 0 else {}
@@ -353,7 +356,7 @@ class _Worker:
     """A worker process, the pipe to it, and the threads that listen to it."""
 
     def __init__(self, take: Callable[[Connection, int, int], Any], push: Callable[[_Worker, Any], None]) -> None:
-        self.rank, self.killed, self.is_done = -1, False, False
+        self.rank, self.attempt, self.killed, self.is_done = -1, 0, False, False
         self._push = push
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._sign = diagnose.SignOfLife()
@@ -383,9 +386,9 @@ class _Worker:
         self.box_fd = box_fd
         self._sign.open(self.child.pid, box_fd)
 
-    def begin(self, rank: int) -> None:
+    def begin(self, rank: int, attempt: int) -> None:
         """It is given a job."""
-        self.rank = rank
+        self.rank, self.attempt = rank, attempt
         self._sign.begin()
 
     def still(self) -> tuple[float, str]:
@@ -422,8 +425,9 @@ class _Worker:
     def _read_lines(self, source: IO[str], error: bool) -> None:
         with contextlib.suppress(ValueError, OSError), source:
             for line in source:
-                self._tail.append(line.rstrip())
-                self._push(self, LogLine(self.rank, line.rstrip(), error))
+                text = line.rstrip()
+                self._tail.append(text[:_TAIL_CHARACTERS])
+                self._push(self, LogLine(self.rank, text, error, self.attempt, time.time()))
 
     def _watch(self) -> None:
         code = self.child.wait()
@@ -433,13 +437,3 @@ class _Worker:
         for thread in self._listeners:
             thread.join(timeout=2)
         self._push(self, Exited(self.rank, code, "\n".join(self._tail)))
-
-
-def _interface_of(address: str) -> str:
-    """The network interface that has this address, for gloo and NCCL; without it gloo may bind to 127.0.0.1."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
-            return str(name)
-    return "lo"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 __all__ = ["PHASES", "BlackBox", "Sign", "look", "reports"]
 
 # What a worker may be busy with, and how long it may be without a sign of life differs.
-PHASES = ("starting", "data", "step", "eval", "save")
+PHASES = ("starting", "data", "step", "eval", "save", "task")
 _PAGE = 4096
 _BYTES = 1 << 20
 _SIGN = struct.Struct("<qq")

@@ -18,6 +18,7 @@ from typing import Any
 
 from dltrain.errors import UserError
 from dltrain.running.agent import Agent, SlotInfo
+from dltrain.running.places import OwnGroups, Place, Places
 from dltrain.spec import WorkersSpec
 
 __all__ = ["Cluster", "Slot", "Slots", "connect"]
@@ -26,6 +27,8 @@ __all__ = ["Cluster", "Slot", "Slots", "connect"]
 _AVOID_SECONDS = 120.0
 _CLOSE_SECONDS = 15.0
 _ASK_AGAIN_SECONDS = 15.0
+# Set by Ray for what a job runs; with it comes the job's own runtime environment.
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 # Then this process must not end by way of Ray, which would wait again.
 head_is_gone = False
@@ -46,9 +49,9 @@ class Cluster:
 
 @dataclass
 class Slot:
-    """A placement group of one bundle, and the agent on it."""
+    """A place, and the agent on it."""
 
-    group: Any
+    place: Place
     agent: Any
     info: SlotInfo
 
@@ -57,25 +60,32 @@ class Slot:
 def connect(address: str | None) -> Iterator[Cluster]:
     """Connects to the cluster of `address`, RAY_ADDRESS or the Ray job we are in; else starts a private one.
 
+    A process that is connected already stays with that cluster.
+
     Raises:
         UserError: there is no cluster at that address.
     """
     import ray
 
+    if ray.is_initialized():
+        # A program's or notebook's own connection, which it goes on with afterwards.
+        has = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield Cluster(False, has.get("CPU", 0.0), has.get("GPU", 0.0))
+        return
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     private = target == "local"
     options: dict[str, Any] = {"include_dashboard": False} if private else {}
     if private:
         # Its workers would run at niceness 15, which only root could take back.
         os.environ.setdefault("RAY_worker_niceness", "0")
-    # Inherited by Ray's worker processes: an agent must find dltrain as this process does.
-    runtime_env = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    # Inherited by Ray's worker processes: an agent must find dltrain as this process does. In a job Ray sees to it.
+    path = "" if private or _IN_A_JOB in os.environ else os.environ.get("PYTHONPATH", "")
     try:
         ray.init(
             address=target,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env=None if private else runtime_env if runtime_env["env_vars"]["PYTHONPATH"] else None,
+            runtime_env={"env_vars": {"PYTHONPATH": path}} if path else None,
             **options,
         )
     except ConnectionError as error:
@@ -105,15 +115,17 @@ class Slots:
 
     Args:
         workers: what one slot needs.
+        places: where they are; default: wherever the cluster has room.
     """
 
-    def __init__(self, cluster: Cluster, workers: WorkersSpec) -> None:
+    def __init__(self, cluster: Cluster, workers: WorkersSpec, places: Places | None = None) -> None:
         self._gpus = workers.gpus if workers.gpus != "auto" else int(cluster.gpus >= 1)
         self._bundle = {"CPU": workers.cpus, **workers.resources, **({"GPU": 1} if self._gpus else {})}
+        self._places = places or OwnGroups(self._bundle)
         self._num_threads = max(1, int(workers.cpus))
         self._resources = workers.resources
-        # the answer that is waited for -> (group, agent)
-        self._pending: dict[Any, tuple[Any, Any]] = {}
+        # the answer that is waited for -> the agent and its place
+        self._pending: dict[Any, tuple[Place, Any]] = {}
         self.slots: list[Slot] = []
         # node -> until when nothing is placed there
         self._avoided: dict[str, float] = {}
@@ -125,32 +137,28 @@ class Slots:
         return "cuda" if self._gpus else "cpu"
 
     def want(self, count: int) -> None:
-        """Asks for slots until `count` are there or pending.
-
-        One group each: a group of many bundles is all or nothing, and says nothing about what is missing.
-        """
+        """Asks for slots until `count` are there or pending, or there are no more places."""
         if time.monotonic() < self._not_before:
             return
         for _ in range(count - len(self.slots) - len(self._pending)):
-            self._ask()
+            place = self._places.take()
+            if place is None:
+                return
+            self._ask(place)
 
-    def _ask(self) -> None:
+    def _ask(self, place: Place) -> None:
         import ray
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group([self._bundle])
         # Answers that must not wait behind others have threads of their own.
         actor: Any = ray.remote(concurrency_groups={"beat": 1})(Agent)  # type: ignore[call-overload]
-        # It is queued until its group has a place.
         agent = actor.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=1 if self._gpus else 0,
             resources=self._resources,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            scheduling_strategy=place.strategy(),
             max_concurrency=8,
         ).remote(self.device, self._num_threads)
-        self._pending[agent.hello.remote()] = (group, agent)
+        self._pending[agent.hello.remote()] = (place, agent)
 
     def ready(self, wait_seconds: float) -> list[Slot]:
         """The slots whose agent answers, after waiting for news up to `wait_seconds`."""
@@ -168,11 +176,11 @@ class Slots:
     def _admit(self, ref: Any) -> None:
         import ray
 
-        group, agent = self._pending.pop(ref)
+        place, agent = self._pending.pop(ref)
         try:
-            slot = Slot(group, agent, ray.get(ref))
+            slot = Slot(place, agent, ray.get(ref))
         except ray.exceptions.RayError:
-            self._release(group)
+            place.release()
             return
         if time.monotonic() < self._avoided.get(slot.info.node_id, 0.0):
             self._give_back(slot)
@@ -184,7 +192,12 @@ class Slots:
         """Gives a slot up whose agent is gone."""
         if slot in self.slots:
             self.slots.remove(slot)
-            self._release(slot.group)
+            slot.place.release()
+
+    def drop(self, is_gone: Callable[[Slot], bool]) -> None:
+        """Gives up those whose agents are gone."""
+        for slot in [slot for slot in self.slots if is_gone(slot)]:
+            self.lose(slot)
 
     def leave(self, slot: Slot) -> None:
         """Gives a slot up whose machine is to be left; nothing is placed there for a while."""
@@ -199,12 +212,7 @@ class Slots:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.wait([slot.agent.close.remote()], timeout=5)
         ray.kill(slot.agent)
-        self._release(slot.group)
-
-    def _release(self, group: Any) -> None:
-        from ray.util import remove_placement_group
-
-        remove_placement_group(group)
+        slot.place.release()
 
     def close(self) -> None:
         """Ends the agents' processes and gives everything back."""
@@ -214,8 +222,8 @@ class Slots:
             closing = [slot.agent.close.remote() for slot in self.slots]
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait(closing, num_returns=len(closing), timeout=5) if closing else None
-            for group, agent in [*self._pending.values(), *((s.group, s.agent) for s in self.slots)]:
+            for place, agent in [*self._pending.values(), *((s.place, s.agent) for s in self.slots)]:
                 ray.kill(agent)
-                self._release(group)
+                place.release()
 
         _within(_CLOSE_SECONDS, close)

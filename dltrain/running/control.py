@@ -11,13 +11,14 @@ from typing import Any
 from dltrain.checkpoint.commit import Checkpoint, find, list_checkpoints, verify
 from dltrain.data.audit import audit
 from dltrain.errors import UserError
+from dltrain.observing.reports import OVER
 from dltrain.running.diagnose import doorbells, ring
 from dltrain.running.rundir import find_run
 from dltrain.running.trail import Trail
 
-__all__ = ["audit_run", "checkpoint_table", "drain_host", "export_checkpoint", "stop_run", "verify_checkpoints"]
+__all__ = ["audit_run", "checkpoint_table", "drain_host", "stop_run", "verify_checkpoints"]
 
-_OVER = ("finished", "stopped", "failed", "lost")
+_OVER = (*OVER, "lost")
 _POLL_SECONDS = 0.2
 
 
@@ -95,12 +96,3 @@ def audit_run(name: str) -> dict[str, Any]:
     lines = audit(plan.mixture, int(checkpoint.manifest["position"]), trail.sums, trail.replaced, plan.names)
     epochs = [{**dataclasses.asdict(line), "ok": line.ok, "text": str(line)} for line in lines]
     return {"run": name, "step": checkpoint.step, "epochs": epochs, "ok": all(line.ok for line in lines)}
-
-
-def export_checkpoint(name: str, target: str, which: str) -> dict[str, Any]:
-    """Writes one checkpoint's weights."""
-    from dltrain.checkpoint.export import export
-
-    store = find_run(name).checkpoints
-    checkpoint = find(store, which)
-    return {"run": name, "step": checkpoint.step, "file": target, "bytes": export(store, checkpoint, target)}

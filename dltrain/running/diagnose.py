@@ -95,7 +95,7 @@ class Doorbell:
         self._on_drain = on_drain
         self._callers: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(f"\0{_BELL}{os.getpid()}")
+        self._listener.bind(f"\0{_bell()}{os.getpid()}")
         self._listener.listen()
         threading.Thread(target=self._answer, name="dltrain-doorbell", daemon=True).start()
 
@@ -118,6 +118,12 @@ class Doorbell:
             caller.close()
 
 
+def _bell() -> str:
+    """How doorbells' names begin; DLTRAIN_HOST tells hosts apart that are pretended to be on one machine."""
+    host = os.environ.get("DLTRAIN_HOST", "")
+    return f"{_BELL}{host}-" if host else _BELL
+
+
 def _uid_of(caller: socket.socket) -> int:
     _, uid, _ = struct.unpack("3i", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
@@ -125,10 +131,11 @@ def _uid_of(caller: socket.socket) -> int:
 
 def doorbells() -> list[str]:
     """The doorbells of this host's agents."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    lines, bell = Path("/proc/net/unix").read_text().splitlines()[1:], _bell()
     # The flag says that somebody listens there; connections have the same name.
-    found = {line.split()[-1][1:] for line in lines if f"@{_BELL}" in line and line.split()[3] == "00010000"}
-    return sorted(found)
+    found = {line.split()[-1][1:] for line in lines if f"@{bell}" in line and line.split()[3] == "00010000"}
+    # Of hosts that are pretended to be on this machine the names go on differently.
+    return sorted(name for name in found if name.removeprefix(bell).isdigit())
 
 
 def ring(bell: str, wait_seconds: float | None) -> bool:

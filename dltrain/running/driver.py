@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dltrain.checkpoint.slots import SlotPlace
-from dltrain.errors import StoreError
-from dltrain.observing.reports import EvalReport, Note, Raised, Saved, SaveWanted, SlotsMade, StepReport
+from dltrain.observing.reports import Aside, EvalReport, Note, Raised, Saved, SaveWanted, SlotsMade, StepReport
 from dltrain.observing.view import View
 from dltrain.running import events
-from dltrain.running.agent import LogLine
 from dltrain.running.cluster import Slot, Slots, connect
 from dltrain.running.group import Group
 from dltrain.running.heartbeat import Heartbeat
 from dltrain.running.keeper import REPLACED, Claims, Keeper, patiently
 from dltrain.running.lifecycle import Lifecycle
+from dltrain.running.places import Places
 from dltrain.running.record import Record
 from dltrain.running.recovery import Point, newest_point
+from dltrain.running.requests import Requests
 from dltrain.running.rundir import RunDir, make_plan
 from dltrain.running.setup import announce, live_state, make_hub, signals
 from dltrain.running.trail import Trail
@@ -39,7 +40,6 @@ __all__ = ["Driver"]
 _TURN_SECONDS = 0.25
 # After the first slots are there, how long others may take before the run starts without them.
 _PLACE_GRACE_SECONDS = 5.0
-_STOP_CHECK_SECONDS = 1.0
 # When room for more workers appears, how long others may take to appear as well.
 _GROW_GRACE_SECONDS = 1.0
 
@@ -51,6 +51,7 @@ class Driver:
         address: of a Ray cluster; default: RAY_ADDRESS, else a private local one.
         cwd: the user's directory, from which the task is imported.
         launched: `time.monotonic()` when the user's command began.
+        places: where its workers go; default: wherever the cluster has room.
     """
 
     def __init__(
@@ -61,24 +62,23 @@ class Driver:
         cwd: str | None = None,
         launched: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        places: Places | None = None,
     ) -> None:
         self._spec, self._view, self._address, self._clock = spec, view, address, clock
-        self._cwd = cwd or os.getcwd()
+        self._cwd, self._places = cwd or os.getcwd(), places
         self._launched = launched if launched is not None else clock()
         self._run = RunDir.of(spec)
-        workers = spec.workers
-        self._life = Lifecycle(workers.min, workers.max, spec.faults.restarts_per_hour)
+        self._life = Lifecycle(spec.workers.min, spec.workers.max, spec.faults.restarts_per_hour)
         self._ended: events.End | None = None
         self._signal: int | None = None
-        self._signal_told = False
         self._resume: dict[str, Any] | None = None
         self._group: Group | None = None
-        keep, is_replaced = spec.checkpoint.keep, self._run.is_replaced
+        keep, is_replaced = spec.num_kept, self._run.is_replaced
         self._keeper = Keeper(self._run.checkpoints, keep, is_replaced, lambda text: view.say(text, "warn"))
         self._claims = Claims(self._run.claim_attempt)
         self._point: Point | None = None
         self._ranks_of: dict[int, int] = {}
-        self._place_since = self._grow_since = self._stop_checked = 0.0
+        self._stop_told, self._place_since, self._grow_since = False, 0.0, 0.0
 
     # ---- the story ----
 
@@ -99,11 +99,15 @@ class Driver:
             hub = make_hub(self._spec, self._view, self._on_cluster)
             stack.callback(hub.close)
             self._record = Record(self._spec, self._plan, self._run, hub, self._view, self._launched)
-            self._restore_record()
+            if self._keeper.newest:
+                self._record.restore(self._keeper.newest.manifest)
+                self._life.committed_step = self._step
             stack.callback(self._record.close)
             stack.callback(self._view.close)
             stack.callback(self._keeper.close)
-            if self._keeper.newest and self._position >= self._schedule.end:
+            self._requests = Requests(self._run)
+            stack.callback(self._requests.close)
+            if self._is_done:
                 return self._already_done()
             self._record.ledger.enter("placing", self._clock())
             if not self._on_cluster:
@@ -122,12 +126,12 @@ class Driver:
         self._view.say(where if self._on_cluster else "starting Ray on this machine, for this run alone")
         self._cluster = stack.enter_context(connect(self._address))
         # After Ray, which puts handlers of its own in place.
-        stack.enter_context(signals(self._on_signal))
-        self._slots = Slots(self._cluster, self._spec.workers)
+        stack.enter_context(signals(self.stop))
+        self._slots = Slots(self._cluster, self._spec.workers, self._places)
         stack.callback(self._slots.close)
         self._heart = Heartbeat(lambda: list(self._slots.slots), self._spec.faults.lease_seconds)
         stack.callback(self._heart.close)
-        self._watch = Watch(self._heart, self._spec.faults)
+        self._watch = Watch(self._heart, self._spec.faults, compiles=bool(self._spec.train.compile))
         self._slots.want(self._spec.workers.max)
 
     def _make_plan(self) -> None:
@@ -204,30 +208,27 @@ class Driver:
     def _position(self) -> int:
         return int(self._resume["position"]) if self._resume else 0
 
-    def _restore_record(self) -> None:
-        if self._keeper.newest:
-            manifest = self._keeper.newest.manifest
-            self._record.best = manifest.get("best")
-            self._record.metrics = dict(manifest.get("metrics") or {})
-            self._life.committed_step = self._step
+    @property
+    def _is_done(self) -> bool:
+        over = self._record.evaluations.ended_early or self._position >= self._schedule.end
+        return self._keeper.newest is not None and over
 
     def _already_done(self) -> dict[str, Any]:
-        self._view.say(
-            f"this run has finished at step {self._step}; raise train.epochs to go on, or change `name`", "good"
-        )
+        more = "train.epochs" if self._position >= self._schedule.end else "train.early_stop"
+        self._view.say(f"this run has finished at step {self._step}; raise {more} to go on, or change `name`", "good")
         return self._record.summary("finished", self._step, self._clock())
 
-    def _on_signal(self, number: int) -> None:
-        """The first Ctrl-C or SIGTERM stops the run cleanly, a second one at once."""
-        if self._signal is not None:
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """The first Ctrl-C or SIGTERM stops the run cleanly, a second Ctrl-C at once; Kubernetes may repeat SIGTERM."""
+        if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = number
+        self._signal = self._signal or number
 
     # ---- placing and starting ----
 
     def _place(self) -> None:
         self._slots.want(self._life.max_workers)
-        self._drop_silent()
+        self._slots.drop(self._is_silent)
         known = len(self._slots.slots)
         hurry = self._life.may_start(self._clock()) and known >= self._life.min_workers
         slots = len(self._slots.ready(0.0 if hurry else _TURN_SECONDS))
@@ -258,6 +259,7 @@ class Driver:
         from_memory = bool(saved and saved["path"] == "memory")
         trail = self._record.trail.at(self._step) if from_memory else Trail.of(saved.get("audit") if saved else None)
         self._record.start_attempt(self._group.attempt, num_ranks, self._step, trail)
+        self._record.evaluations.best = self._keeper.best(self._record.evaluations.best)
         where = f" from the snapshot of step {self._step} in memory" if from_memory else ""
         workers = f"{num_ranks} worker{'s' if num_ranks > 1 else ''}"
         self._view.say(f"starting {workers} on {self._slots.device}{where}")
@@ -268,12 +270,12 @@ class Driver:
         try:
             self._group.start(self._job, self._is_silent)
         except ray.exceptions.RayError as error:
-            self._drop_silent()
+            self._slots.drop(self._is_silent)
             self._handle(events.AgentLost(0, str(error).splitlines()[0]))
 
     def _job(self, rank: int, environment: Mapping[str, str]) -> tuple[RankJob, Mapping[str, Any]]:
         assert self._group is not None
-        best, resume, record = self._record.best, self._resume, self._record
+        resume, evaluations, best = self._resume, self._record.evaluations, self._record.evaluations.best
         memory: Mapping[str, SlotPlace] | None = None
         others: Mapping[str, Any] = {}
         if resume and resume["path"] == "memory" and self._point:
@@ -294,10 +296,12 @@ class Driver:
             checkpoints=self._run.checkpoints.url,
             resume=resume,
             memory=memory,
-            evaluated=record.evaluated_step == self._step,
+            evaluated=evaluations.step == self._step,
             anchors=len(set(self._group.nodes)) > 1,
             unfinished=memory is not None and self._life.committed_step < self._step,
             best=float(best["value"]) if best else None,
+            best_step=int(best["step"]) if best else 0,
+            waited=evaluations.waited,
             cwd=self._cwd,
             device=self._slots.device,
             environment=environment,
@@ -336,17 +340,14 @@ class Driver:
             for rank in self._watch.leaving():
                 self._handle(events.Drained(rank))
         if group is self._group and self._life.state == "running" and self._life.num_ranks < self._life.max_workers:
-            self._grow()
+            self._grow(group)
 
     def _is_silent(self, slot: Slot) -> bool:
         return self._heart.silent_seconds(slot) > self._spec.faults.silent_seconds
 
-    def _drop_silent(self) -> None:
-        for slot in [slot for slot in self._slots.slots if self._is_silent(slot)]:
-            self._slots.lose(slot)
-
-    def _grow(self) -> None:
+    def _grow(self, group: Group) -> None:
         self._slots.want(self._life.max_workers)
+        self._slots.drop(lambda slot: slot not in group.slots and self._is_silent(slot))
         # One whose worker is still importing would have the others wait for it.
         pulses = [self._heart.pulse(slot) for slot in self._slots.ready(0.0)]
         slots, now = sum(bool(pulse and pulse.prepared) for pulse in pulses), self._clock()
@@ -355,15 +356,13 @@ class Driver:
         elif now - self._grow_since > _GROW_GRACE_SECONDS or slots >= self._life.max_workers:
             self._handle(events.Placed(slots))
 
-    def _take(self, event: events.Event | LogLine) -> None:
+    def _take(self, event: events.Event) -> None:
         now = self._clock()
         match event:
-            case LogLine():
-                self._record.log(event)
+            case Aside():
+                self._record.aside(event, now)
                 return
             case StepReport():
-                if self._record.ledger.state == "starting":
-                    self._record.ledger.enter("other", now - event.seconds)
                 self._record.step(event, now, self._schedule.total_steps)
                 self._watch.step(event)
                 if refused := self._record.refused(event):
@@ -382,13 +381,18 @@ class Driver:
 
     def _on_committed(self, event: events.Committed, num_bytes: int) -> None:
         if event.reason == REPLACED:
-            self._handle(Raised(0, event.step, "final", f"{REPLACED}; this one has saved nothing since", ""))
+            self._on_replaced()
             return
         if event.reason:
             self._record.save_failed(event.step, event.reason)
+            self._record.evaluations.best = self._keeper.best(self._record.evaluations.best, self._record.saving_steps)
         else:
             self._record.committed(event.step, num_bytes)
         self._handle(event)
+
+    def _on_replaced(self) -> None:
+        if self._record.abandon():
+            self._handle(Raised(0, self._life.step, "final", f"{REPLACED}; this one has saved nothing since", ""))
 
     def _release(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
@@ -398,11 +402,8 @@ class Driver:
 
     def _kill(self) -> None:
         now, recovering = self._clock(), self._life.state == "recovering"
-        if recovering:
-            self._record.ledger.part("detecting", float("inf"), now)
-            self._record.restarted(self._life.restart_reasons[-1])
         over = self._life.state in ("failed", "stopped")
-        self._record.ledger.enter("recovering" if recovering else "other" if over else "resizing", now)
+        self._record.end_attempt(now, self._life.restart_reasons[-1] if recovering else "", over)
         group, self._group = self._group, None
         if group is None:
             return
@@ -414,20 +415,19 @@ class Driver:
         self._point = newest_point(holdings, self._ranks_of)
         if over:
             return
+        for slot in self._slots.slots:
+            # What nobody will go on from would pile up where attempts die young.
+            slot.agent.forget.remote(group.attempt + 1, self._point.attempt if self._point else 0)
         if self._point is None and recovering:
             # What was committed a moment ago may be damaged, if a dying disk was the reason.
             patiently(self._keeper.find)
 
     def _check_stop(self) -> None:
-        now = self._clock()
-        if self._signal is not None and not self._signal_told:
-            self._signal_told = True
+        if (self._signal is not None or self._requests.stop) and not self._stop_told:
+            self._stop_told = True
             self._handle(events.StopRequested())
-        elif now - self._stop_checked >= _STOP_CHECK_SECONDS * (1 if self._run.is_local else 10):
-            self._stop_checked = now
-            with contextlib.suppress(StoreError):
-                if self._run.take_stop():
-                    self._handle(events.StopRequested())
+        if self._requests.replaced:
+            self._on_replaced()
 
     # ---- after ----
 
@@ -443,8 +443,7 @@ class Driver:
             self._record.dropped(self._schedule.end, self._schedule.dropped)
         self._record.note("end", status=end.status, error=error)
         summary = self._record.summary(end.status, self._life.step, now)
-        state = {**self._state, "workers": [], "error": error, "summary": summary}
-        self._record.beat(now, state, force=True)
+        self._record.beat(now, {**self._state, "workers": [], "error": error, "summary": summary}, force=True)
         if end.error:
             raise end.error
         return {**summary, "signal": self._signal} if self._signal else summary

@@ -19,15 +19,18 @@ from dltrain.data.plan import Plan, Source, check_plan
 from dltrain.running.rundir import RunDir, make_plan
 from dltrain.spec import JobSpec
 from dltrain.training.config import deepspeed_config
+from dltrain.training.initial import shape_networks
+from dltrain.training.optimizers import parameter_groups
 from dltrain.training.plan import BatchPlan, Schedule
-from dltrain.training.task import load_task
+from dltrain.training.task import check_networks, load_task, networks_of
 
 __all__ = ["dry_run", "memory_estimate", "print_plan"]
 
 _MIB = 1024 * 1024
 # fp32 master, and what the optimizer keeps per parameter.
 _MASTER_BYTES = 4
-_MOMENT_BYTES = {"adamw": 8, "sgd": 4}
+_MOMENT_BYTES = {"adamw": 8, "adam": 8, "sgd": 4, "lion": 4, "task": 8}
+_AVERAGE_BYTES = 4
 
 
 def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
@@ -43,7 +46,14 @@ def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
     schedule = Schedule.of(spec, plan.num_rows)
     num_ranks = spec.workers.max
     batch = BatchPlan.of(spec.batch.global_, spec.batch.micro, num_ranks)
-    parameters = sum(p.numel() for p in task.build().parameters())
+    modules = networks_of(task.build())
+    check_networks(task, modules, spec.optim, plan.eval is not None)
+    shape_networks(modules, spec)
+    trained = 0
+    for name, module in modules.items():
+        groups = parameter_groups(module, spec.optim.of(name))
+        trained += sum(p.numel() for group in groups for p in group["params"])
+    parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
     return {
         "spec": spec.to_dict(),
         "changes": changes,
@@ -62,7 +72,7 @@ def dry_run(spec: JobSpec, cwd: str | None = None) -> dict[str, Any]:
             "dropped_rows": schedule.dropped,
         },
         "data": _data(plan, spec, columns, num_ranks),
-        "memory": memory_estimate(spec, parameters, num_ranks),
+        "memory": memory_estimate(spec, parameters, num_ranks, trained),
         "deepspeed": deepspeed_config(
             spec.optim, spec.engine, batch.micro_batch, batch.grad_accum_steps, batch.num_ranks
         ),
@@ -133,21 +143,27 @@ def _rows(num_rows: int, global_batch: int, rank: int, num_ranks: int) -> int:
     return num_rows // global_batch * part(global_batch) + part(num_rows % global_batch)
 
 
-def memory_estimate(spec: JobSpec, parameters: int, num_ranks: int) -> dict[str, Any]:
+def memory_estimate(spec: JobSpec, parameters: int, num_ranks: int, trained: int | None = None) -> dict[str, Any]:
     """Bytes of one worker by what they hold, activations left out.
+
+    Args:
+        trained: parameters that are not frozen; default: all.
 
     Source of the sharding: Rajbhandari et al., ZeRO, SC 2020, section 5.
     """
-    zero, low = spec.engine.zero, 2 if spec.engine.precision == "bf16" else 4
+    zero, low = spec.engine.zero, 4 if spec.engine.precision == "fp32" else 2
+    stepped = parameters if trained is None else trained
     shard = {stage: num_ranks if zero >= stage else 1 for stage in (1, 2, 3)}
     # In fp32 the weights are their own master, except where ZeRO keeps a flat copy.
     master = 0 if (low == 4 and zero == 0) else _MASTER_BYTES
+    moments = _MOMENT_BYTES[spec.optim.name] + (_AVERAGE_BYTES if spec.train.ema else 0)
     parts = {
         "weights": parameters * low // shard[3],
-        "gradients": parameters * low // shard[2],
-        "optimizer": parameters * (master + _MOMENT_BYTES[spec.optim.name]) // shard[1],
+        "gradients": stepped * low // shard[2],
+        "optimizer": stepped * (master + moments) // shard[1],
     }
-    return {"parameters": parameters, **parts, "total": sum(parts.values()), "activations": "not estimated"}
+    found = {"parameters": parameters, "trained": stepped, **parts, "total": sum(parts.values())}
+    return {**found, "offloaded": spec.engine.offload, "activations": "not estimated"}
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
@@ -193,6 +209,8 @@ def print_plan(found: Mapping[str, Any]) -> None:
     for name in ("weights", "gradients", "optimizer", "total"):
         table.add_row(name, f"{memory[name] / _MIB:,.1f}")
     console.print(table)
-    console.print(f"{memory['parameters']:,} parameters; activations are not estimated", highlight=False)
+    frozen = memory["parameters"] - memory["trained"]
+    parameters = f"{memory['parameters']:,} parameters" + (f", of which {frozen:,} are frozen" if frozen else "")
+    console.print(f"{parameters}; activations are not estimated", highlight=False)
     console.rule("DeepSpeed", align="left")
     console.print_json(json.dumps(found["deepspeed"]))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dltrain.observing.reports import StepReport
-from dltrain.running.agent import LogLine, SlotInfo
+from dltrain.running.agent import SlotInfo
 from dltrain.running.cluster import Slot
 from dltrain.running.events import AgentLost, Event
 from dltrain.running.messages import Holding
@@ -71,7 +71,7 @@ class Group:
     def _ask(self, rank: int) -> None:
         self._polls[self.slots[rank].agent.poll.remote(_POLL_SECONDS)] = rank
 
-    def poll(self) -> Iterator[Event | LogLine]:
+    def poll(self) -> Iterator[Event]:
         """What the agents have, after waiting for one of them a moment; a lost one is news too."""
         import ray
 

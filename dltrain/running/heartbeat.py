@@ -43,6 +43,8 @@ class Heartbeat:
     def __init__(self, slots: Callable[[], Sequence[Any]], lease_seconds: float) -> None:
         self._slots, self._lease = slots, lease_seconds
         self._known: dict[Any, _Asked] = {}
+        # When this thread last ran.
+        self._awake = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dltrain-heartbeat", daemon=True)
         self._thread.start()
@@ -57,7 +59,7 @@ class Heartbeat:
         asked = self._known.get(slot.agent)
         if asked is None:
             return 0.0
-        return float("inf") if asked.dead else time.monotonic() - asked.heard
+        return float("inf") if asked.dead else max(0.0, self._awake - asked.heard)
 
     def why_dead(self, slot: Any) -> str:
         """What Ray said of an agent's end."""
@@ -72,9 +74,19 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._closed.is_set():
             begin = time.monotonic()
+            self._wake()
             with contextlib.suppress(Exception):  # Ray is shut down under us
                 self._beat()
+            self._wake()
             self._closed.wait(max(0.05, _PERIOD_SECONDS - (time.monotonic() - begin)))
+
+    def _wake(self) -> None:
+        """Who stood still itself has not listened: that time is nobody's silence."""
+        now = time.monotonic()
+        slept = now - self._awake - 2 * _PERIOD_SECONDS
+        for asked in list(self._known.values()) if slept > 0 else ():
+            asked.heard = min(now, asked.heard + slept)
+        self._awake = now
 
     def _beat(self) -> None:
         import ray

@@ -74,37 +74,47 @@ class Holdings:
         return ours
 
     def keep(self, holding: Holding, data: bytes, reports: list[bytes]) -> None:
-        """Keeps a copy; of a rank the newest two."""
+        """Keeps a copy; of a rank the newest two, and two of the attempt before until there are as many of this one."""
         fd = copy_of(data)
         kept = replace(holding, pid=os.getpid(), fd=fd)
         with self._lock:
-            same = [c for c in self._copies if c.holding.rank == holding.rank]
-            for old in same[: max(0, len(same) - _COPIES + 1)]:
-                os.close(old.fd)
-                self._copies.remove(old)
             self._copies.append(_Copy(kept, fd, reports))
+            of_rank = [c for c in self._copies if c.holding.rank == holding.rank]
+            same = [c for c in of_rank if c.holding.attempt == holding.attempt]
+            whole = len(same) >= _COPIES
+            for old in of_rank:
+                if old in same[:-_COPIES] or (whole and old.holding.attempt < holding.attempt):
+                    os.close(old.fd)
+                    self._copies.remove(old)
 
     def mine(self) -> Slots | None:
         """The newest slots of this agent's own rank."""
         with self._lock:
             return next((e.slots for e in reversed(self._entries) if e.mine), None)
 
-    def slot_bytes(self, index: int) -> bytes:
-        """What is in a slot of this agent's own rank."""
+    def slot_bytes(self, attempt: int, step: int, index: int) -> tuple[Slots, bytes] | None:
+        """A snapshot in a slot of this agent's own rank, with its layout; None when it is not there any more."""
         with self._lock:
-            entry = next(e for e in reversed(self._entries) if e.mine)
-        return entry.held.read(index)
+            entry = next((e for e in reversed(self._entries) if e.mine and e.slots.attempt == attempt), None)
+            seal = entry.held.seal(index) if entry else None
+            if entry is None or seal is None or (seal.attempt, seal.step) != (attempt, step):
+                return None
+            slots, held = entry.slots, HeldSlots([os.dup(entry.held.fds[index])], entry.slots.num_bytes)
+        return slots, _read(held)
 
     def all(self) -> list[Holding]:
         """Every snapshot that is whole, own and others'."""
         with self._lock:
-            found = [c.holding for c in self._copies]
-            for e in self._entries:
-                for index, seal in e.held.seals().items():
-                    s = e.slots
-                    where = (s.attempt, s.rank, seal.step, seal.position, seal.applied, s.pid, s.fds[index])
-                    found.append(Holding(*where, s.num_bytes, s.parts, s.whole, s.ties))
-            return found
+            return self._all()
+
+    def _all(self) -> list[Holding]:
+        found = [c.holding for c in self._copies]
+        for e in self._entries:
+            for index, seal in e.held.seals().items():
+                s = e.slots
+                where = (s.attempt, s.rank, seal.step, seal.position, seal.applied, s.pid, s.fds[index])
+                found.append(Holding(*where, s.num_bytes, s.parts, s.whole, s.ties))
+        return found
 
     def reports(self, rank: int) -> list[StepReport]:
         """The newest reports of a rank, from its black box."""
@@ -121,23 +131,26 @@ class Holdings:
 
     def read(self, attempt: int, rank: int, step: int, start: int, end: int) -> bytes | None:
         """Bytes of a snapshot; None when it is not here any more."""
-        found = self._find(attempt, rank, step)
-        return HeldSlots([found.fd], found.num_bytes).read(0, start, end) if found else None
+        found = self._open(attempt, rank, step)
+        return _read(found[1], start, end) if found else None
 
     def copy(self, attempt: int, rank: int, step: int) -> tuple[Holding, bytes] | None:
         """A whole snapshot."""
-        found = self._find(attempt, rank, step)
-        return (found, HeldSlots([found.fd], found.num_bytes).read(0)) if found else None
+        found = self._open(attempt, rank, step)
+        return (found[0], _read(found[1])) if found else None
 
-    def _find(self, attempt: int, rank: int, step: int) -> Holding | None:
+    def _open(self, attempt: int, rank: int, step: int) -> tuple[Holding, HeldSlots] | None:
         wanted = (attempt, rank, step)
-        return next((h for h in self.all() if (h.attempt, h.rank, h.step) == wanted), None)
-
-    def forget(self, attempt: int) -> None:
-        """Lets go of what earlier attempts left."""
         with self._lock:
-            self._drop(lambda e: e.slots.attempt < attempt)
-            for c in [c for c in self._copies if c.holding.attempt < attempt]:
+            found = next((h for h in self._all() if (h.attempt, h.rank, h.step) == wanted), None)
+            # Held once more: it is read without the lock, and must not be closed meanwhile.
+            return (found, HeldSlots([os.dup(found.fd)], found.num_bytes)) if found else None
+
+    def forget(self, attempt: int, but: int = 0) -> None:
+        """Lets go of what earlier attempts left, `but` one of them."""
+        with self._lock:
+            self._drop(lambda e: e.slots.attempt < attempt and e.slots.attempt != but)
+            for c in [c for c in self._copies if c.holding.attempt < attempt and c.holding.attempt != but]:
                 os.close(c.fd)
                 self._copies.remove(c)
 
@@ -145,3 +158,10 @@ class Holdings:
         for e in [e for e in self._entries if which(e)]:
             e.close()
             self._entries.remove(e)
+
+
+def _read(held: HeldSlots, start: int = 0, end: int | None = None) -> bytes:
+    try:
+        return held.read(0, start, end)
+    finally:
+        held.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -79,12 +79,31 @@ class Keeper:
         self._saved: dict[int, dict[int, Saved]] = {}
         self._results: queue.SimpleQueue[tuple[Committed, int]] = queue.SimpleQueue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dltrain-commit")
+        # Being committed; and the best evaluation of which the checkpoint is there.
+        self._pending: set[int] = set()
+        self._best: Mapping[str, Any] | None = None
         self.newest: Checkpoint | None = None
 
     def find(self) -> Checkpoint | None:
-        """Looks for the newest checkpoint that reads back whole."""
-        self.newest = newest_good(self._store, self._say)
+        """Looks for the newest checkpoint that reads back whole, one that is being committed included."""
+        # In that thread: what was listed before a commit would be put in the place of what it has made.
+        self.newest = self._thread.submit(newest_good, self._store, self._say).result()
+        self._best = self.newest.manifest.get("best") if self.newest else None
         return self.newest
+
+    def best(self, wanted: dict[str, Any] | None, written: Collection[int] = ()) -> dict[str, Any] | None:
+        """The best evaluation if its checkpoint is there, or comes; else the one before it.
+
+        Args:
+            written: steps whose files are on their way to the store.
+        """
+        if wanted is None:
+            # None yet, or none by the metric that counts now.
+            self._best = None
+            return None
+        if wanted["step"] in {*self._pending, *written} or wanted == self._best:
+            return wanted
+        return dict(self._best) if self._best else None
 
     def saved(self, event: Saved) -> None:
         """A rank's file is in the store."""
@@ -100,6 +119,7 @@ class Keeper:
         first = files[0]
         whole = {"position": first.position, "num_ranks": len(files), **meta, **first.meta}
         described = [files[rank].file for rank in sorted(files)]
+        self._pending.add(step)
         self._thread.submit(self._commit, step, attempt, described, whole, first_of_all)
 
     def discard(self, step: int, attempt: int, reason: str) -> None:
@@ -134,18 +154,24 @@ class Keeper:
         first_of_all: Callable[[], None],
     ) -> None:
         try:
-            first_of_all()
             if self._is_replaced():
                 self._results.put((Committed(step, REPLACED), 0))
                 return
+            first_of_all()
+            if (meta.get("best") or {}).get("step") not in (None, step):
+                # Its own checkpoint may have failed meanwhile.
+                meta["best"] = self._best
             path = commit(self._store, step, attempt, files, meta)
         except Exception as error:  # whatever it is, the lifecycle waits for an answer
+            # Before the answer, which has somebody ask for the best.
+            self._pending.discard(step)
             self._discard(step, attempt, f"{type(error).__name__}: {error}")
             return
+        self._best = best = meta.get("best")
+        self._pending.discard(step)
         manifest = {"format": FORMAT, "step": step, "attempt": attempt, **meta, "files": files}
         self.newest = Checkpoint(path, manifest)
         self._results.put((Committed(step), self.newest.num_bytes))
-        best = meta.get("best")
         with contextlib.suppress(OSError, StoreError):
             prune(self._store, self._keep, best["step"] if best else None)
 

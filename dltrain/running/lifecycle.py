@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dltrain.errors import CapacityError, DltrainError, RunFailedError, TaskError, UserError
 from dltrain.observing.reports import (
+    OVER,
     Anchor,
     Done,
     EvalReport,
@@ -62,7 +63,8 @@ PEER_GRACE_SECONDS = 3.0
 SAME_EXCEPTION_LIMIT = 3
 _HOUR_SECONDS = 3600.0
 _LONGEST_BACKOFF_SECONDS = 30.0
-_OVER = ("finished", "stopped", "failed")
+# Of a dead worker's log, when another takes its place; where none does, all that is known.
+_SAID_LINES = 3
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Failure:
     reason: str
     message: str
     raised: Raised | None = None
+    tail: str = ""
 
 
 @dataclass
@@ -114,10 +117,12 @@ class Lifecycle:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """The only way in: changes the state and says what to do."""
-        if self.state in _OVER:
+        if self.state in OVER:
             return []
         if not isinstance(event, Tick | StepReport | SlotsMade) and not self._is_old_news(event):
-            self.log.append((now, event))
+            # What is where in a file is of no use here, and would pile up.
+            brief = replace(event, file={}, meta={}) if isinstance(event, Saved) else event
+            self.log.append((now, brief))
         match event:
             case Placed():
                 return self._placed(event, now)
@@ -313,7 +318,7 @@ class Lifecycle:
         over = self.state in ("recovering", "placing", "waiting")
         if event.rank in self._done or event.rank in self._raised or over:
             return []
-        return self._fail(_Failure("signal" if event.code < 0 else "exit", _describe(event)), now)
+        return self._fail(_Failure("signal" if event.code < 0 else "exit", _describe(event), tail=event.tail), now)
 
     def _tick(self, now: float) -> list[Action]:
         if self._peer_deadline is not None and now >= self._peer_deadline:
@@ -322,7 +327,8 @@ class Lifecycle:
         return []
 
     def _fail(self, failure: _Failure, now: float) -> list[Action]:
-        if self.state in ("recovering", "placing", "waiting"):
+        over = failure.raised is not None and failure.raised.kind == "final"
+        if self.state in ("recovering", "placing", "waiting") and not over:
             return []
         error = self._final(failure, now)
         if error:
@@ -335,7 +341,8 @@ class Lifecycle:
         self._restart_times.append(now)
         self.restart_reasons.append(failure.reason)
         self._peer_deadline = None
-        return [KillWorkers(), Say(f"step {self.step}: {failure.message}; starting again"), Place(self.max_workers)]
+        text = f"step {self.step}: {failure.message}; starting again{_printed(failure.tail, _SAID_LINES)}"
+        return [KillWorkers(), Say(text), Place(self.max_workers)]
 
     def _back_off(self, now: float) -> None:
         """A restart at once, unless the attempt before made no step either: then after a pause that grows."""
@@ -375,8 +382,7 @@ def _describe(event: Exited) -> str:
         # The kernel's out-of-memory killer leaves no other trace.
         hint = " (killed from outside, or out of memory)" if name == "SIGKILL" else ""
         return f"the worker of rank {event.rank} was ended by {name}{hint}"
-    tail = f":\n{event.tail}" if event.tail else ""
-    return f"the worker of rank {event.rank} exited with code {event.code}{tail}"
+    return f"the worker of rank {event.rank} exited with code {event.code}"
 
 
 def _describe_hang(event: Hung) -> str:
@@ -400,5 +406,11 @@ def _budget_error(failure: _Failure, restarts: int, raised: Raised | None) -> Dl
         return _task_error(raised)
     trace = f"\n{raised.trace}" if raised else ""
     return RunFailedError(
-        f"{failure.message}; {restarts} restarts within an hour, faults.restarts_per_hour allows no more{trace}"
+        f"{failure.message}; {restarts} restarts within an hour, faults.restarts_per_hour allows no more"
+        f"{trace}{_printed(failure.tail)}"
     )
+
+
+def _printed(tail: str, lines: int = 0) -> str:
+    """The end of a dead worker's log, all of it or so many lines."""
+    return "".join(f"\n  | {line}" for line in tail.splitlines()[-lines:])

@@ -8,7 +8,7 @@ from typing import Any
 
 from dltrain.observing.reports import SlotsMade, StepReport
 
-__all__ = ["Bye", "Bytes", "Command", "Hello", "Holding", "Leavings", "Pulse", "Slots", "Unpin", "Want"]
+__all__ = ["Anchored", "Bye", "Bytes", "Command", "Hello", "Holding", "Leavings", "Pulse", "Slots", "Unpin", "Want"]
 
 
 # ---- to the worker ----
@@ -26,6 +26,13 @@ class Unpin:
     """A slot's snapshot has been uploaded: it may be written again."""
 
     slot: int
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A snapshot has been copied to another machine; what that took."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)

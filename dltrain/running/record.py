@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,11 +23,12 @@ from dltrain.errors import StoreError
 from dltrain.observing.hub import Hub
 from dltrain.observing.journal import Journal, read_json, write_json
 from dltrain.observing.ledger import Ledger
-from dltrain.observing.reports import EvalReport, Raised, SaveWanted, StepReport
+from dltrain.observing.reports import OVER, Aside, EvalReport, Raised, Ready, Saved, SaveWanted, Shown, StepReport
 from dltrain.observing.view import Progress, View
-from dltrain.running.agent import LogLine
+from dltrain.running.evaluations import Evaluations
 from dltrain.running.events import Event
 from dltrain.running.rundir import RunDir
+from dltrain.running.sidelines import Sidelines
 from dltrain.running.trail import Trail
 from dltrain.spec import JobSpec
 
@@ -51,32 +52,36 @@ class Record:
         before = read_json(run.store, "ledger.json") or {}
         seconds = dict(before.get("seconds", {}))
         # What has passed since this launch is the ledger's to book.
-        _book_gap(seconds, read_json(run.store, "state.json"), time.time() - (time.monotonic() - launched))
+        last = read_json(run.store, "state.json")
+        self._last: Mapping[str, Any] = last or {}
+        _book_gap(seconds, last, time.time() - (time.monotonic() - launched))
         self.ledger = Ledger(launched, seconds)
         self.counters: dict[str, float] = dict(before.get("counters", {}))
         self.total_restarts = int(before.get("restarts", 0))
-        hub.restore(self.counters)
         self._steps, self._events = Journal(run.store, "steps"), Journal(run.store, "events")
         self._replaced = Journal(run.store, "quarantine")
+        self._sidelines = Sidelines(spec, run, hub, view, self.note)
         self._launched, self._last_beat = launched, 0.0
         self._partial: dict[int, dict[int, StepReport]] = {}
         self.trail = Trail()
         self._highest = self._latest = int(before.get("highest_step", 0))
-        self._logs: dict[int, Any] = {}
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="dltrain-record")
         self._written: Future[None] = Future()
         self._written.set_result(None)
         # this start
         self.samples, self.step_seconds, self.steps_made = 0, 0.0, 0
         self.first_step_seconds: float | None = None
-        self.metrics: dict[str, float] = {}
-        self._bests: list[dict[str, Any]] = []
-        self.evaluated_step = -1
+        self.evaluations = Evaluations(spec.train)
         self.committed_step = -1
+        # When the last checkpoint was made, in Unix seconds; 0 before the first.
+        self.checkpoint_time = float(self._last.get("checkpoint_time", 0.0))
+        hub.restore(self.counters, self.checkpoint_time)
         self.snapshot_every = 0
         # step -> what belongs into the manifest of its checkpoint
         self._saving: dict[int, dict[str, Any]] = {}
-        self.problem = ""
+        self.problem, self._status = "", "failed"
+        self._abandoned = False
+        self.note("launch", version=__version__)
 
     # ---- from the ranks ----
 
@@ -84,23 +89,26 @@ class Record:
         """A new group that goes on after `step`, and from this trail; reports of the old one are not waited for."""
         self.trail = trail
         self._attempt, self._num_ranks, self.committed_step = attempt, num_ranks, step
-        while self._bests and self._bests[-1]["step"] > step:
-            self._bests.pop()
+        self.evaluations.restart(step)
         # A step that any rank has made is made again by the new group.
         self._highest = max(self._highest, self._latest)
         self._partial.clear()
-        self._hub.metrics.start_ranks(num_ranks)
+        self._saving.clear()
+        self._hub.on_attempt(num_ranks)
+        self._sidelines.tracking.begin(step)
 
     def step(self, report: StepReport, now: float, total_steps: int) -> None:
         """One rank's step; the line is written when every rank has reported it.
 
         A report may come twice: from its agent, and from who holds the rank's black box.
         """
+        if self.ledger.state == "starting":
+            self.ledger.enter("other", now - report.seconds)
         reports = self._partial.setdefault(report.step, {})
         if report.attempt != self._attempt or report.step <= self.committed_step or report.rank in reports:
             return
         self._hub.on_step(report)
-        self._count_data(report.data)
+        self._count_rank(report)
         self._latest = max(self._latest, report.step)
         if self.first_step_seconds is None:
             self.first_step_seconds = now - self._launched
@@ -122,27 +130,29 @@ class Record:
         self.samples += first.size
         self.steps_made += 1
         self.step_seconds += first.seconds
-        self._count(first)
+        self._count_step(first)
         loss = sum(r.loss for r in reports)
-        self._hub.on_loss(loss)
-        self._steps.add(
-            {
-                "step": first.step,
-                "time": round(max(r.time for r in reports), 3),
-                "attempt": self._attempt,
-                "loss": loss,
-                "samples": first.size,
-                "position": first.position,
-                "batch_id": sums.batch_id,
-                "grad_norm": first.grad_norm,
-                "learning_rate": first.learning_rate,
-                "seconds": round(first.seconds, 6),
-                "data_wait_seconds": round(data_wait, 6),
-                "phases": {phase: round(seconds, 6) for phase, seconds in first.phases.items()},
-                "applied": first.applied,
-                "finite": first.finite,
-            }
-        )
+        losses = {name: sum(r.losses[name] for r in reports) for name in first.losses}
+        self._hub.on_loss(loss, losses)
+        line = {
+            "step": first.step,
+            "time": round(max(r.time for r in reports), 3),
+            "attempt": self._attempt,
+            "loss": loss,
+            "samples": first.size,
+            "position": first.position,
+            "batch_id": sums.batch_id,
+            "grad_norm": first.grad_norm,
+            "learning_rate": first.learning_rate,
+            "seconds": round(first.seconds, 6),
+            "data_wait_seconds": round(data_wait, 6),
+            "phases": {phase: round(seconds, 6) for phase, seconds in first.phases.items()},
+            "applied": first.applied,
+            "finite": first.finite,
+            **({"losses": losses} if losses else {}),
+        }
+        self._steps.add(line)
+        self._sidelines.step(line)
         if sums.count != first.size:
             self.problem = f"step {first.step} trained {sums.count} rows instead of {first.size}"
         self._snapshots(first)
@@ -152,7 +162,7 @@ class Record:
     def _snapshots(self, report: StepReport) -> None:
         if report.snapshot_every != self.snapshot_every:
             self.snapshot_every = report.snapshot_every
-            self._hub.metrics.snapshot_every.set(report.snapshot_every)
+            self._hub.on_snapshots(report.snapshot_every)
             self.note("snapshots", step=report.step, every=report.snapshot_every)
 
     def _quarantine(self, reports: Sequence[StepReport]) -> None:
@@ -173,10 +183,19 @@ class Record:
         """Rows, in the steps that the weights rest on, that another row was trained in the place of."""
         return sum(self.trail.replaced.values())
 
-    def _count_data(self, counted: Mapping[str, float]) -> None:
-        self._hub.on_data(counted)
+    def _count(self, counted: Mapping[str, float]) -> None:
+        """Adds to the counters, which go on in the next start of the run."""
         for name, number in counted.items():
-            self.counters[f"data_{name}"] = self.counters.get(f"data_{name}", 0) + number
+            if number:
+                self.counters[name] = self.counters.get(name, 0) + number
+                self._hub.count(name, number)
+
+    def _count_data(self, counted: Mapping[str, float]) -> None:
+        self._count({f"data_{name}": number for name, number in counted.items()})
+
+    def _count_rank(self, report: StepReport) -> None:
+        self._count_data(report.data)
+        self._count({"alloc_retries": report.alloc_retries})
 
     def for_commit(self, step: int) -> tuple[dict[str, Any], Callable[[], None]]:
         """A checkpoint's manifest, and what is to be written before it."""
@@ -188,7 +207,7 @@ class Record:
         Raises:
             OSError, StoreError: it could not be written; the lines are kept for the next time.
         """
-        for journal in (self._steps, self._events, self._replaced):
+        for journal in (self._steps, self._events, self._replaced) if not self._abandoned else ():
             journal.flush()
 
     def refused(self, report: StepReport) -> Raised | None:
@@ -199,43 +218,44 @@ class Record:
         text = f"{found} rows can't be read, data.bad_rows allows {allowed}; the last: {report.replaced[-1][3]}"
         return Raised(report.rank, report.step, "final", f"{text}. They are listed in quarantine.jsonl", "")
 
-    def _count(self, report: StepReport) -> None:
-        added = {
-            "steps": 1,
-            "samples": report.size,
-            "nonfinite": int(not report.finite),
-            "skipped": int(not report.applied),
-        }
-        for name, value in added.items():
-            self.counters[name] = self.counters.get(name, 0) + value
+    def _count_step(self, report: StepReport) -> None:
+        self._count(
+            {
+                "steps": 1,
+                "samples": report.size,
+                "tokens": report.count,
+                "nonfinite": int(not report.finite),
+                "skipped": int(not report.applied),
+                "flops": report.flops,
+                "gradient_bytes": report.gradient_bytes,
+            }
+        )
 
     def evaluated(self, report: EvalReport, now: float) -> None:
         """An evaluation; every rank has the same figures, rank 0's are taken."""
         self._count_data(report.data)
         if report.rank == 0:
-            self.metrics, self.evaluated_step = dict(report.metrics), report.step
+            self.evaluations.add(report)
             self.ledger.part("eval", report.seconds, now)
             self._hub.on_eval(report)
-            if report.is_best:
-                metric = self._spec.train.best.metric
-                self._bests.append({"metric": metric, "value": report.metrics[metric], "step": report.step})
+            self._sidelines.evaluated(report)
             self._view.on_eval(report.step, report.metrics, report.is_best)
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The best evaluation so far."""
-        return self._bests[-1] if self._bests else None
-
-    @best.setter
-    def best(self, value: dict[str, Any] | None) -> None:
-        self._bests = [value] if value else []
+    def restore(self, manifest: Mapping[str, Any]) -> None:
+        """What a checkpoint knows of evaluations."""
+        self.evaluations.restore(manifest, self._last)
 
     def saving(self, report: SaveWanted, now: float) -> None:
         """A checkpoint has been copied; what is known of the run at this step goes into its manifest."""
         if report.rank == 0:
             self.ledger.part("checkpoint_stall", report.seconds, now)
-            self._hub.metrics.checkpoint_seconds.inc(report.seconds)
-            self._saving[report.step] = {"metrics": self.metrics, "best": self.best, "ledger": self.ledger.to_dict()}
+            self._count({"checkpoint_stall_seconds": report.seconds})
+            self._saving[report.step] = {**self.evaluations.to_dict(), "ledger": self.ledger.to_dict()}
+
+    @property
+    def saving_steps(self) -> Collection[int]:
+        """Steps whose checkpoints are being written by the agents."""
+        return self._saving.keys()
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Of a checkpoint that is being committed."""
@@ -253,25 +273,38 @@ class Record:
 
     def save_failed(self, step: int, reason: str) -> None:
         """A checkpoint was lost; training goes on."""
-        self.counters["checkpoint_failures"] = self.counters.get("checkpoint_failures", 0) + 1
-        self._hub.metrics.checkpoint_failures.inc()
+        self._saving.pop(step, None)
+        self._count({"checkpoint_failures": 1})
         self.note("checkpoint_failed", step=step, reason=reason)
         self._view.say(f"step {step}: the checkpoint could not be saved ({reason}); training goes on", "warn")
 
     def committed(self, step: int, num_bytes: int) -> None:
         """A checkpoint exists."""
+        self.checkpoint_time = round(time.time(), 3)
         self._hub.on_commit(num_bytes)
         self.note("checkpoint", step=step, bytes=num_bytes)
 
-    def restarted(self, reason: str) -> None:
-        """The attempt ended and another follows."""
-        self.total_restarts += 1
-        self._hub.metrics.restarts.labels(reason).inc()
+    def end_attempt(self, now: float, fault: str, over: bool) -> None:
+        """Its workers are to be ended.
+
+        Args:
+            fault: why it must start again; empty where nothing went wrong.
+            over: no other attempt follows.
+        """
+        if fault:
+            self.ledger.part("detecting", float("inf"), now)
+            self.total_restarts += 1
+            self._count({f"restarts_{fault}": 1})
+        self.ledger.enter("recovering" if fault else "other" if over else "resizing", now)
 
     # ---- what it writes ----
 
     def event(self, event: Event) -> None:
         """A lifecycle event."""
+        if isinstance(event, Ready) and event.rank == 0:
+            self._hub.on_device(event.device, event.peak_flops)
+        if isinstance(event, Saved) and event.rank == 0:
+            self._count({"checkpoint_write_seconds": event.seconds})
         fields = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("file", "meta", "parts", "whole")}
         self.note(type(event).__name__, **fields)
 
@@ -280,19 +313,11 @@ class Record:
         seconds = {k: round(v, 3) for k, v in self.ledger.seconds.items() if v}
         self._events.add({"time": round(time.time(), 3), "event": name, **fields, "ledger": seconds})
 
-    def log(self, line: LogLine) -> None:
-        """What a worker printed: rank 0's goes to the terminal, all of it to logs/."""
-        if line.rank == 0 and not line.error:
-            self._view.log(line.text)
-        if self._run.is_local:
-            self._quietly(lambda: self._keep(line))
-
-    def _keep(self, line: LogLine) -> None:
-        if line.rank not in self._logs:
-            path = self._run.store.path("logs")
-            os.makedirs(path, exist_ok=True)
-            self._logs[line.rank] = open(f"{path}/rank-{line.rank:05d}.log", "a")  # noqa: SIM115 - closed in close()
-        self._logs[line.rank].write(line.text + "\n")
+    def aside(self, report: Aside, now: float) -> None:
+        """What has no bearing on the run."""
+        if isinstance(report, Shown):
+            self.ledger.part("eval", report.seconds, now)
+        self._quietly(lambda: self._sidelines.aside(report, self._attempt))
 
     def beat(self, now: float, state: Mapping[str, Any], force: bool = False) -> None:
         """state.json and ledger.json, about once a second (10 s on object stores)."""
@@ -301,8 +326,12 @@ class Record:
         if not force and now - self._last_beat < every:
             return
         self._last_beat = now
+        self._sidelines.warn()
         alive = {"heartbeat": time.time(), "driver": f"{socket.gethostname()}:{os.getpid()}"}
-        metrics = {"metrics_url": self._hub.url, "metrics": self.metrics, "best": self.best}
+        found = self.evaluations
+        # One whose checkpoint was lost is the best no more.
+        self._sidelines.best(found.best)
+        metrics = {"metrics_url": self._hub.url, "metrics": found.metrics, "best": found.best}
         whole = {**state, **metrics, **alive}
         if force:
             self._writing.shutdown(wait=True)
@@ -311,11 +340,18 @@ class Record:
             # A slow store must not hold up who looks after the workers.
             self._written = self._writing.submit(self._write, whole, self._ledger())
 
+    def abandon(self) -> bool:
+        """The run is another process's now: nothing is written any more. Returns whether that is news."""
+        before, self._abandoned = self._abandoned, True
+        return not before
+
     def _write(self, state: Mapping[str, Any], ledger: Mapping[str, Any]) -> None:
         """A full disk or a lost store is said once and tried again later."""
+        if self._abandoned:
+            return
         self._quietly(lambda: write_json(self._run.store, "state.json", state))
-        for handle in list(self._logs.values()):
-            self._quietly(handle.flush)
+        for write in self._sidelines.writers():
+            self._quietly(write)
         for journal in (self._steps, self._events, self._replaced):
             self._quietly(journal.flush)
         self._quietly(lambda: write_json(self._run.store, "ledger.json", ledger))
@@ -351,6 +387,7 @@ class Record:
 
     def summary(self, status: str, step: int, now: float) -> dict[str, Any]:
         """What `dltrain run --json` prints."""
+        self._status = status
         return {
             "run": self._spec.name,
             "dir": self._run.url,
@@ -362,23 +399,23 @@ class Record:
             "first_step_seconds": None if self.first_step_seconds is None else round(self.first_step_seconds, 3),
             "restarts": self.total_restarts,
             "goodput": round(self.ledger.goodput, 4),
-            "eval": self.metrics,
-            "best": self.best,
+            "eval": self.evaluations.metrics,
+            "best": self.evaluations.best,
+            **({"profiles": profiles} if (profiles := self._sidelines.profiles) else {}),
         }
 
     def close(self) -> None:
         """Writes what is left."""
         self._writing.shutdown(wait=True)
-        for journal in (self._steps, self._events, self._replaced):
+        for journal in (self._steps, self._events, self._replaced) if not self._abandoned else ():
             with contextlib.suppress(OSError, StoreError):
                 journal.close()
-        for handle in self._logs.values():
-            with contextlib.suppress(OSError):
-                handle.close()
+        if not self._abandoned:
+            self._sidelines.close(self._status)
 
 
 def _book_gap(seconds: dict[str, float], state: Mapping[str, Any] | None, launched: float) -> None:
     """The time from a driver's death to the next launch is recovery; after a clean end the clock stood still."""
-    if state and state["state"] not in ("finished", "stopped", "failed"):
+    if state and state["state"] not in OVER:
         gap = max(0.0, launched - float(state["heartbeat"]))
         seconds["recovering"] = seconds.get("recovering", 0.0) + gap

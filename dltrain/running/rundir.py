@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -21,6 +21,7 @@ import yaml
 from dltrain.data.plan import Plan, read_plan, save_footers
 from dltrain.errors import RunChangedError, UserError
 from dltrain.observing.journal import is_local, read_json
+from dltrain.observing.reports import OVER
 from dltrain.spec import JobSpec
 from dltrain.store import Store, open_store
 
@@ -35,8 +36,8 @@ class RunDir:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._claimed = 0
-        # A number is in the store before it is known here.
+        # The number of this start of the run; 0 before its first attempt.
+        self._start = 0
         self._claiming = threading.Lock()
         self.checkpoints = store.child("checkpoints")
 
@@ -118,18 +119,23 @@ class RunDir:
             return None
 
     def claim_attempt(self) -> int:
-        """The next attempt number, which no other process gets."""
+        """The next attempt number, which no other process gets; with its first one a process takes the run over."""
         with self._claiming:
-            number = 1 + max((int(name.split("-")[-1]) for name in self.store.list("attempts")), default=0)
-            while not self.store.create(f"attempts/attempt-{number:04d}", b"claimed\n"):
-                number += 1
-            self._claimed = number
-            return number
+            self._start = self._start or self._claim("start")
+            return self._claim("attempt")
+
+    def _claim(self, what: str) -> int:
+        number = 1 + max(self._claimed(what), default=0)
+        while not self.store.create(f"{what}s/{what}-{number:04d}", b"claimed\n"):
+            number += 1
+        return number
+
+    def _claimed(self, what: str) -> Iterator[int]:
+        return (int(name.split("-")[-1]) for name in self.store.list(f"{what}s"))
 
     def is_replaced(self) -> bool:
-        """Whether another process has claimed an attempt since this one last did: it has taken the run over."""
-        with self._claiming:
-            return any(int(name.split("-")[-1]) > self._claimed for name in self.store.list("attempts"))
+        """Whether another process has taken the run over since this one did; it can't be taken back."""
+        return 0 < self._start < max(self._claimed("start"), default=0)
 
     # ---- talking to a live run ----
 
@@ -147,7 +153,7 @@ class RunDir:
     def state(self) -> dict[str, Any] | None:
         """state.json, with `state` "lost" when a live one has stopped beating."""
         state = read_json(self.store, "state.json")
-        if state and state["state"] not in ("finished", "stopped", "failed"):
+        if state and state["state"] not in OVER:
             age = time.time() - float(state["heartbeat"])
             if age > STALE_SECONDS:
                 state = {**state, "state": "lost", "silent_seconds": round(age, 1)}
@@ -160,7 +166,7 @@ def make_plan(spec: JobSpec, run: RunDir, tell: Callable[[str], None]) -> tuple[
     Returns the plan, the settings that changed since the run was last started, and whether the plan is new.
 
     Args:
-        tell: gets a sentence now and then while a filter reads rows.
+        tell: gets a sentence about what a filter keeps.
 
     Raises:
         UserError: faults of the data, or a run directory of something else.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,8 +41,8 @@ def make_hub(spec: JobSpec, view: View, on_cluster: bool) -> Hub:
     On a cluster a scraper expects the port; on a laptop another run may have it.
     """
     metrics, engine = spec.metrics, spec.engine
-    labels = {"run": spec.name, "zero_stage": str(engine.zero), "precision": engine.precision}
-    hub = Hub(metrics.host, metrics.port, move=not on_cluster, labels=labels)
+    labels = {"zero_stage": str(engine.zero), "precision": engine.precision}
+    hub = Hub(spec.name, metrics.host, metrics.port, move=not on_cluster, labels=labels)
     if hub.moved:
         view.say(f"metrics port {metrics.port} is busy; using {hub.port}")
     return hub
@@ -49,7 +50,10 @@ def make_hub(spec: JobSpec, view: View, on_cluster: bool) -> Hub:
 
 @contextlib.contextmanager
 def signals(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Has Ctrl-C and SIGTERM handled for a while."""
+    """Has Ctrl-C and SIGTERM handled for a while; in a thread, where Python allows no handlers, leaves them alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, _frame: Any) -> None:
         on_signal(number)
@@ -80,5 +84,6 @@ def live_state(life: Lifecycle, group: Group | None, record: Record, total_steps
         "samples_per_second": round(record.rate, 1),
         "goodput": round(record.ledger.goodput, 4),
         "checkpoint_step": life.committed_step,
+        "checkpoint_time": record.checkpoint_time,
         "snapshot_every": record.snapshot_every,
     }

@@ -6,7 +6,6 @@ watch.begin(group); watch.step(report); watch.silent(); watch.hung(); watch.leav
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 
 from dltrain.observing.reports import StepReport
@@ -19,11 +18,15 @@ from dltrain.spec import FaultsSpec
 
 __all__ = ["Watch", "blamed", "hang_limit", "is_hang"]
 
-_LEAST_SECONDS, _TIMES_STEP = 10.0, 10.0
+# With the stacks and the new start it is 10 s until training goes on.
+_LEAST_SECONDS, _TIMES_STEP = 8.0, 10.0
+# A graph that is compiled anew in the midst of a run, for a batch of another shape.
+_COMPILE_SECONDS = 300.0
+# A process that the kernel holds still can't be slow.
+_STOPPED_SECONDS = 5.0
 # Outside of steps a rank gives signs of life between files, chunks and retries, at longer intervals.
-_LIMITS = {"starting": 600.0, "data": 600.0, "eval": 60.0, "save": 60.0}
+_LIMITS = {"starting": 600.0, "data": 600.0, "eval": 60.0, "save": 60.0, "task": 600.0}
 _STEPS_JUDGED = 200
-_BUDDY_SECONDS = 10.0
 # What a rank that waits for the others is doing.
 _WAITING = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "barrier", "broadcast")
 
@@ -31,7 +34,8 @@ _WAITING = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatte
 def hang_limit(phase: str, slow_step_seconds: float, hang_seconds: float | None) -> float:
     """How long a rank may be without a sign of life."""
     if phase in ("step", "stopped"):
-        return hang_seconds or max(_LEAST_SECONDS, _TIMES_STEP * slow_step_seconds)
+        least = _STOPPED_SECONDS if phase == "stopped" else _LEAST_SECONDS
+        return hang_seconds or max(least, _TIMES_STEP * slow_step_seconds)
     return _LIMITS[phase]
 
 
@@ -57,10 +61,15 @@ def blamed(stacks: list[str] | tuple[str, ...]) -> int:
 
 
 class Watch:
-    """Of one run; `begin` for each attempt."""
+    """Of one run; `begin` for each attempt.
 
-    def __init__(self, heart: Heartbeat, faults: FaultsSpec) -> None:
+    Args:
+        compiles: steps go through torch.compile, and any of them may take minutes.
+    """
+
+    def __init__(self, heart: Heartbeat, faults: FaultsSpec, *, compiles: bool = False) -> None:
         self._heart, self._faults = heart, faults
+        self._hang_seconds = faults.hang_seconds or (_COMPILE_SECONDS if compiles else None)
         self._group: Group | None = None
         self._seconds: deque[float] = deque(maxlen=_STEPS_JUDGED)
 
@@ -85,20 +94,15 @@ class Watch:
 
     def slots_made(self, rank: int) -> None:
         """A rank has memory for snapshots: its buddy is to hold it too."""
-        import ray
-
         assert self._group is not None
         near, far = buddies(self._group.nodes, rank)
         self._made.add(rank)
         slots = self._group.slots
         if far is not None:
             slots[rank].agent.copy_to.remote(slots[far].agent)
-        if near is None:
-            return
-        with contextlib.suppress(ray.exceptions.RayError):
-            mine = ray.get(slots[rank].agent.my_slots.remote(), timeout=_BUDDY_SECONDS)
-            if mine:
-                slots[near].agent.hold.remote(mine)
+        if near is not None:
+            # The one's answer is the other's argument: nobody waits here.
+            slots[near].agent.hold.remote(slots[rank].agent.my_slots.remote())
 
     def silent(self) -> list[tuple[int, str]]:
         """Ranks whose agents have not answered for too long, and what is known of them; each once."""
@@ -114,7 +118,7 @@ class Watch:
     def hung(self) -> Hung | None:
         """A hang, with the stacks of all ranks."""
         pulses = self._pulses()
-        if not pulses or not is_hang(pulses, self._slow_step, self._faults.hang_seconds):
+        if not pulses or not is_hang(pulses, self._slow_step, self._hang_seconds):
             return None
         assert self._group is not None
         stacks = self._group.stacks()

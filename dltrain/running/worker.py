@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import os
 import pickle
@@ -19,17 +20,20 @@ import sys
 import threading
 import traceback
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from dltrain.errors import RunFailedError, UserError
 from dltrain.observing.reports import Note, Raised, StepReport
 from dltrain.running.blackbox import BlackBox
-from dltrain.running.messages import Bye, Bytes, Command, Hello, Unpin, Want
+from dltrain.running.messages import Anchored, Bye, Bytes, Command, Hello, Unpin, Want
+from dltrain.running.rendezvous import join_group
 from dltrain.training.plan import RankJob
 
-__all__ = ["die_with", "import_slow_things", "main", "serve"]
+__all__ = ["at_home", "die_with", "import_slow_things", "main", "serve", "trace_of"]
 
+_RAYS_NICENESS = 15
 _PR_SET_PDEATHSIG = 1
 # What torch says when another rank went away; the text is all there is to tell it by.
 _PEER_WORDS = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "store")
@@ -60,10 +64,12 @@ def serve(connection_fd: int, stdout: int, stderr: int, parent: int) -> NoReturn
     os.dup2(stderr, 2)
     os.close(stdout)
     os.close(stderr)
+    # What a crash in native code leaves; the end of it is in the error that the user sees.
+    faulthandler.enable(all_threads=False)
     gc.enable()
     connection = Connection(connection_fd)
     try:
-        code = _run(connection.recv(), connection)
+        code = _run(at_home(connection.recv()), connection)
     except EOFError:
         code = 0
     sys.stdout.flush()
@@ -72,10 +78,22 @@ def serve(connection_fd: int, stdout: int, stderr: int, parent: int) -> NoReturn
     os._exit(code)
 
 
+def at_home(job: RankJob) -> RankJob:
+    """The job, with its task looked for here where the driver's directory is not on this machine.
+
+    A Ray job's working directory may be unpacked elsewhere on another node; this process is in it already.
+    """
+    return job if os.path.isdir(job.cwd) else replace(job, cwd=os.getcwd())
+
+
 def _be_as_nice_as_others() -> None:
-    """Ray runs its workers, and what they start, at niceness 15: training would yield to everything else."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    """Ray runs its workers, and what they start, at niceness 15: training would yield to everything else.
+
+    Another niceness is the wish of whoever started Ray.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) == _RAYS_NICENESS:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 def die_with(parent: int) -> None:
@@ -156,6 +174,9 @@ class _Link:
                     case Unpin(slot):
                         if self.loop:
                             self.loop.unpin(slot)
+                    case Anchored(seconds):
+                        if self.loop:
+                            self.loop.anchored(seconds)
                     case Bytes(data):
                         self._bytes.put(data)
                     case Bye():
@@ -191,7 +212,6 @@ def _load(job: RankJob) -> Any:
 def _join_group(job: RankJob, link: _Link) -> Any:
     """Joins the attempt's process group; returns the rank's device."""
     os.environ.update(job.environment)
-    import deepspeed
     import torch
 
     from dltrain.training import cpu_op
@@ -206,10 +226,12 @@ def _join_group(job: RankJob, link: _Link) -> Any:
             link.send(Note(0, "compiling DeepSpeed's CPU op: about a minute, once on this machine"))
         with contextlib.redirect_stdout(sys.stderr):
             cpu_op.load()
-    backend = "nccl" if job.device == "cuda" else "gloo"
-    # It prints about its op; stdout is the user's.
-    with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    if job.spec.train.deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    join_group("nccl" if job.device == "cuda" else "gloo", job.environment, device)
     # Objects alive now stay: collecting them again and again only makes stragglers.
     gc.collect()
     gc.freeze()
@@ -220,7 +242,7 @@ def _raised(job: RankJob, loop: Any, error: BaseException) -> Raised:
     step = (loop.step if loop else job.step) + 1
     ids = tuple(loop.current.ids.tolist()) if loop and loop.current is not None else ()
     kind = _kind(error)
-    return Raised(job.rank, step, kind, _message(error), _trace(error), ids if kind == "task" else ())
+    return Raised(job.rank, step, kind, _message(error), trace_of(error), ids if kind == "task" else ())
 
 
 def _kind(error: BaseException) -> str:
@@ -239,7 +261,7 @@ def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError | RunFailedError) else f"{type(error).__name__}: {error}"
 
 
-def _trace(error: BaseException) -> str:
+def trace_of(error: BaseException) -> str:
     """The traceback from the user's first frame on; all of it when there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -37,6 +37,11 @@ _JUDGED, _SHARE = 5, 0.05
 _SNAPSHOT_SHARE, _SNAPSHOTS_JUDGED = 0.02, 5
 # Copies to other machines: this often, and at this rate at most.
 _ANCHOR_SECONDS, _ANCHOR_RATE = 1.0, 50e6
+# Against the time a copy takes: a rank that is not done with one leaves the next one out, and then the ranks' copies
+# may have no step in common.
+_ANCHOR_SLACK = 1.5
+# The sum of so high a power is nearly that of the largest alone.
+_POWER = 4
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ def snapshot_steps(snapshot_seconds: float, step_seconds: float) -> int:
     return max(1, math.ceil(snapshot_seconds / (_SNAPSHOT_SHARE * step_seconds)))
 
 
-def anchor_steps(num_bytes: float, step_seconds: float) -> int:
-    """Steps between copies of a snapshot to another machine."""
-    seconds = max(_ANCHOR_SECONDS, num_bytes / _ANCHOR_RATE)
+def anchor_steps(num_bytes: float, step_seconds: float, copy_seconds: float = 0.0) -> int:
+    """Steps between copies of a snapshot to another machine, which take the slowest rank so long."""
+    seconds = max(_ANCHOR_SECONDS, num_bytes / _ANCHOR_RATE, _ANCHOR_SLACK * copy_seconds)
     return max(1, math.ceil(seconds / step_seconds)) if step_seconds > 0 else 1
 
 
@@ -76,6 +81,7 @@ class Ahead:
         agreed: why `take` gave None.
         snapshot_every, anchor_every: steps between snapshots, and copies of them elsewhere; the same on every rank.
         snapshot_bytes: of this rank's snapshots.
+        others_seconds: of the last `take`, those spent on agreeing, which is mostly waiting for other ranks.
     """
 
     def __init__(self, stream: TrainStream, num_ranks: int, device: torch.device) -> None:
@@ -89,6 +95,7 @@ class Ahead:
         self.agreed = ""
         self.snapshot_every = self.anchor_every = 1
         self.snapshot_bytes = 0
+        self._anchor_seconds = self.others_seconds = 0.0
 
     def take(self, steps_left: int, wish: str) -> Following | None:
         """The next step, or None when any rank has a wish.
@@ -97,7 +104,8 @@ class Ahead:
             steps_left: including this one; the same on every rank.
             wish: one of `WISHES`, or an empty text; noticed at an exchange.
         """
-        if not self._held and not self._fill(min(self._size, steps_left), wish):
+        self.others_seconds = 0.0
+        if self.look(steps_left, wish):
             return None
         batch, count = self._held.popleft()
         if isinstance(batch, Exception):
@@ -105,10 +113,20 @@ class Ahead:
             raise batch
         return Following(batch, count)
 
+    def look(self, steps_left: int, wish: str) -> str:
+        """Why `take` would give None now, if it would; the arguments are those of `take`."""
+        if not self._held and not self.agreed:
+            self._fill(min(self._size, steps_left), wish)
+        return self.agreed
+
     def trained(self, seconds: float) -> None:
         """How long the step took, what it waited for included."""
         self._steps += 1
         self._seconds += seconds
+
+    def anchor_took(self, seconds: float) -> None:
+        """How long this rank's newest copy to another machine took."""
+        self._anchor_seconds = seconds
 
     def snapshot_took(self, seconds: float) -> None:
         """How long a snapshot in memory held this rank up."""
@@ -116,7 +134,7 @@ class Ahead:
 
     # ---- the exchange ----
 
-    def _fill(self, steps: int, wish: str) -> bool:
+    def _fill(self, steps: int, wish: str) -> None:
         begin = time.perf_counter()
         batches = list(self._make(steps))
         self._judge(time.perf_counter() - begin)
@@ -126,17 +144,19 @@ class Ahead:
         # Whole microseconds and bytes add up exactly: all ranks draw the same conclusion.
         snapshot = statistics.median(self._snapshots) if self._snapshots else 0.0
         wishes = [float(wish == name) for name in WISHES]
-        numbers = [float(round(n)) for n in (mean_seconds * 1e6, weight, snapshot * 1e6, self.snapshot_bytes)]
+        anchor = round(10 * self._anchor_seconds) ** _POWER
+        numbers = [float(round(n)) for n in (mean_seconds * 1e6, weight, snapshot * 1e6, self.snapshot_bytes, anchor)]
+        begin = time.perf_counter()
         sums = self._add_up([*wishes, *numbers, *counts])
-        found, totals = [value / self._num_ranks for value in sums[:7]], sums[7:]
+        self.others_seconds = time.perf_counter() - begin
+        found, totals = [value / self._num_ranks for value in sums[:8]], sums[8:]
         self.agreed = next((name for name, flag in zip(WISHES, found, strict=False) if flag), "")
         step_seconds, batch_bytes, snapshot = found[3] / 1e6, found[4], found[5] / 1e6
         self._size = num_ahead(step_seconds, batch_bytes)
         self.snapshot_every = snapshot_steps(snapshot, step_seconds)
-        self.anchor_every = anchor_steps(found[6], step_seconds)
+        self.anchor_every = anchor_steps(found[6], step_seconds, (sums[7] ** (1 / _POWER)) / 10)
         self._steps, self._seconds = 0, 0.0
         self._held.extend(zip(batches, totals, strict=False))
-        return not self.agreed
 
     def _make(self, steps: int) -> Iterator[StepBatch | Exception]:
         for _ in range(steps):

@@ -1,20 +1,18 @@
-"""The numbers an engine is set up with: DeepSpeed's JSON and the learning rate of each step.
+"""DeepSpeed's JSON, as it follows from a spec.
 
     deepspeed_config(spec.optim, spec.engine, micro_batch=64, grad_accum_steps=2, num_ranks=2)
-    learning_rate(spec.optim, step=10, total_steps=300)
 
 Pure: no torch, so that `dltrain plan` can print them at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from dltrain.spec import EngineSpec, OptimSpec
 
-__all__ = ["deepspeed_config", "learning_rate"]
+__all__ = ["deepspeed_config"]
 
 _NEVER = 2**31 - 1
 
@@ -37,6 +35,13 @@ def deepspeed_config(
     if engine.zero == 0 and engine.precision == "fp32":
         # Nothing of DeepSpeed's sees these gradients; they are clipped where they are checked.
         config["gradient_clipping"] = 0.0
+    if engine.offload != "none":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if engine.offload == "all":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if engine.precision == "fp16":
+        # 0 is DeepSpeed's word for a scale that it finds.
+        config["fp16"] = {"enabled": True, "loss_scale": engine.loss_scale or 0}
     if engine.precision == "bf16":
         # Without the check an infinite gradient would be applied in silence.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -49,18 +54,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         inside = merged.get(name)
         merged[name] = _merge(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
     return merged
-
-
-def learning_rate(optim: OptimSpec, step: int, total_steps: int) -> float:
-    """The rate of update number `step`, counted from 0.
-
-    It rises linearly over `warmup` steps and reaches `lr` at the last of them; then it stays, or follows half a
-    cosine that ends at `final * lr` with the run's last step.
-    """
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    length = max(1, total_steps - 1 - optim.warmup)
-    progress = min(1.0, (step - optim.warmup) / length)
-    return optim.lr * (optim.final + (1 - optim.final) * 0.5 * (1 + math.cos(math.pi * progress)))

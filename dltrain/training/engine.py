@@ -10,18 +10,25 @@ result = engine.step()
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dltrain.spec import EngineSpec, OptimSpec
-from dltrain.training.config import deepspeed_config, learning_rate
+from dltrain.errors import UserError
+from dltrain.spec import EngineSpec, OptimSpec, TrainSpec
+from dltrain.training.averages import WeightAverage
+from dltrain.training.config import deepspeed_config
+from dltrain.training.optimizers import make_optimizer, parameter_groups
+from dltrain.training.schedules import learning_rate
 
 __all__ = ["Engine", "StepResult"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
@@ -32,6 +39,7 @@ class StepResult(NamedTuple):
         finite: loss and gradients were finite, on every rank.
         grad_norm: global, before clipping.
         loss: this rank's part of the mean over the global batch: that is the sum over ranks.
+        losses: the same by network, where there are several.
     """
 
     applied: bool
@@ -39,6 +47,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     learning_rate: float
     loss: float
+    losses: Mapping[str, float] = MappingProxyType({})
 
 
 class Engine:
@@ -47,8 +56,14 @@ class Engine:
     The gradient that is applied is the sum over ranks and micro-batches of loss * count, over the count of
     the global batch: exact for ragged micro-batches, for ranks with fewer rows, and for stand-ins of count 0.
 
+    Args:
+        train: `ema` and `compile` of it.
+        own_optimizer: makes the task's own from groups of parameters, in place of the spec's.
+
     Attributes:
         module: the network; engine: DeepSpeed's wrapper; step_count: optimizer steps tried so far.
+        average: of its weights, None without `train.ema`.
+        has_turn: it is being trained, and not another network that it takes part in.
     """
 
     def __init__(
@@ -61,24 +76,41 @@ class Engine:
         grad_accum_steps: int,
         total_steps: int,
         device: torch.device,
+        train: TrainSpec | None = None,
+        own_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     ) -> None:
         import deepspeed
 
         self._optim, self._total_steps, self._device = optim, total_steps, device
         self._num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self._dtype = torch.bfloat16 if spec.precision == "bf16" else None
+        self._zero, self._precision, self._dtype = spec.zero, spec.precision, _DTYPES.get(spec.precision)
         # Nothing wraps the optimizer then, and nothing checks or clips.
         self._plain = spec.zero == 0 and spec.precision == "fp32"
+        _check_precision(spec.precision)
         config = deepspeed_config(optim, spec, micro_batch, grad_accum_steps, self._num_ranks)
         module.to(device)
+        groups = parameter_groups(module, optim)
+        fused = device.type == "cuda" or spec.offload != "none" if optim.fused is None else optim.fused
+        optimizer = own_optimizer(groups) if own_optimizer else make_optimizer(groups, optim, fused=fused)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=_optimizer(module, optim), config=config, dist_init_required=False
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         _forget_first_step(self.engine.optimizer)
+        if train and train.compile:
+            self._compile(train.compile)
+        self.average = WeightAverage(self.engine, train.ema) if train and train.ema else None
         self.module = module
-        self.step_count = 0
+        self.step_count, self.has_turn = 0, True
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._count = 1.0
+
+    def _compile(self, mode: bool | str) -> None:
+        if self._device.type == "cpu":
+            import torch._inductor.config as inductor
+
+            # Compiling processes of its own, killed with their worker, would leave semaphores in shared memory.
+            inductor.compile_threads = 1
+        self.engine.compile(compile_kwargs={"mode": None if mode is True else mode})
 
     # ---- forward and backward ----
 
@@ -86,7 +118,11 @@ class Engine:
         """Forward; floating inputs are cast to the engine's precision."""
         if self._dtype:
             args, kwargs = _cast(args, self._dtype), _cast(kwargs, self._dtype)
-        return self.engine(*args, **kwargs)
+        # DeepSpeed takes any backward pass through what its engine returned for one that ends a micro-batch: not so for
+        # another network's, nor for one that a gradient penalty makes. ZeRO-3 needs its engine to see which weights a
+        # layer borrows from another.
+        through = self._zero == 3 and self.has_turn
+        return self.engine(*args, **kwargs) if through else self.module(*args, **kwargs)
 
     def begin_step(self, global_count: float) -> None:
         """Says how many units the global batch has."""
@@ -130,9 +166,22 @@ class Engine:
         rate = learning_rate(self._optim, self.step_count, self._total_steps)
         self.step_count += 1
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         norm = self._plain_step() if self._plain else self._wrapped_step()
-        return StepResult(self._applied, math.isfinite(norm), norm, rate, float(self._loss))
+        if self._applied and self.average:
+            self.average.update(self.step_count)
+        finite = math.isfinite(norm) or self._only_overflowed()
+        return StepResult(self._applied, finite, norm, rate, float(self._loss))
+
+    def _only_overflowed(self) -> bool:
+        """fp16: the loss was finite on every rank, its gradients times the scale were not; the scale is less now."""
+        if self._precision != "fp16":
+            return False
+        # All ranks come here: they have skipped the same step.
+        good = self._loss.isfinite().float()
+        if self._num_ranks > 1:
+            dist.all_reduce(good, op=dist.ReduceOp.MIN)
+        return bool(good)
 
     def _plain_step(self) -> float:
         """ZeRO 0 in fp32. Every rank holds the same reduced gradients, so all come to the same answer."""
@@ -158,6 +207,12 @@ class Engine:
 
     # ---- modes ----
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network has the running average of its weights, where it keeps one; all ranks go in and out together."""
+        with self.average.in_place() if self.average else nullcontext():
+            yield
+
     def train(self) -> None:
         """Dropout and BatchNorm as in training."""
         if not self.module.training:
@@ -168,19 +223,12 @@ class Engine:
         self.engine.eval()
 
 
-def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
-    """The torch optimizer, biases and norms (one dimension) without weight decay."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if _ndim(p) > 1]
-    split = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if _ndim(p) <= 1], "weight_decay": 0.0},
-    ]
-    # Every group costs collectives of its own: without decay there is no reason for two.
-    groups = [g for g in split if g["params"]] if optim.weight_decay else [{"params": trainable, "weight_decay": 0.0}]
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+def _check_precision(precision: str) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        name = get_accelerator().device_name()
+        raise UserError(f"engine.precision: found fp16, which {name} can't compute with here; set bf16 or fp32")
 
 
 def _forget_first_step(optimizer: Any) -> None:
@@ -192,10 +240,6 @@ def _forget_first_step(optimizer: Any) -> None:
         for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
             for master, weight in zip(masters, weights, strict=True):
                 master.copy_(weight)
-
-
-def _ndim(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -9,10 +9,10 @@ best evaluation) is agreed first.
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,40 +20,30 @@ import torch
 import torch.distributed as dist
 
 from dltrain.checkpoint.commit import Checkpoint, list_checkpoints
-from dltrain.checkpoint.fragments import average_buffers
 from dltrain.checkpoint.reader import FragmentReader
 from dltrain.checkpoint.slots import SlotStore
-from dltrain.checkpoint.snapshot import Snapshots, load
-from dltrain.data.batch import Batch, Sum
-from dltrain.data.catalog import Catalog
+from dltrain.checkpoint.snapshot import load
+from dltrain.data.batch import Batch
 from dltrain.data.order import key
 from dltrain.data.pool import CollatePool
-from dltrain.data.reader import UnitReader
-from dltrain.data.stream import EvalStream, StepBatch, TrainStream
-from dltrain.errors import RunFailedError, UserError
-from dltrain.observing.reports import (
-    Anchor,
-    Done,
-    EvalReport,
-    Note,
-    Ready,
-    Report,
-    SaveFailed,
-    SaveWanted,
-    SlotsMade,
-    StepReport,
-)
+from dltrain.data.stream import StepBatch, TrainStream
+from dltrain.errors import RunFailedError
+from dltrain.observing.reports import Done, EvalReport, Note, Ready, Report, SaveFailed, SaveWanted, StepReport
 from dltrain.store import open_store
 from dltrain.training.ahead import Ahead
 from dltrain.training.engine import Engine, StepResult
+from dltrain.training.evaluation import Evaluation, better
+from dltrain.training.initial import shape_networks, take_weights
 from dltrain.training.inputs import Inputs
+from dltrain.training.meter import Meter, Phases, peak_flops
+from dltrain.training.networks import Networks
+from dltrain.training.onlookers import Onlookers
 from dltrain.training.plan import BatchPlan, RankJob
-from dltrain.training.task import Task, load_collate
+from dltrain.training.saving import Saving
+from dltrain.training.task import Task, check_networks, load_collate, networks_of
 
-__all__ = ["Loop", "reduce_sums"]
+__all__ = ["Loop"]
 
-_EVAL_ROWS = 256
-_SLOT_SECONDS = 0.01
 # Going back to the same checkpoint more often than this does not help.
 _ROLLBACKS = 3
 
@@ -83,11 +73,10 @@ class Loop:
         self._wish, self._alive, self._ask = wish, alive, ask
         self._spec = job.spec
         self._store = open_store(job.checkpoints)
-        self._best = job.best
+        self._best, self._best_step, self._waited = job.best, job.best_step, job.waited
         # training state
         self.step, self.position = job.step, job.position
         self.current: StepBatch | None = None
-        self._saved_step = job.step if job.resume and not job.memory else -1
         self._evaluated_step = job.step if job.evaluated else -1
         self._rollbacks: Counter[int] = Counter()
         self._notes: deque[str] = deque()
@@ -104,7 +93,7 @@ class Loop:
             if self._job.unfinished:
                 # The attempt before ended between a step and what follows it.
                 yield from self._between_steps()
-            while self.position < self._job.schedule.end:
+            while self.position < self._job.schedule.end and not self._is_stale:
                 report = self._train_step()
                 if report is None:
                     break
@@ -112,12 +101,18 @@ class Loop:
                 yield from self._remember()
                 yield from self._between_steps()
             why = self._ahead.agreed
+            yield from self._onlookers.last_step(self.step)
+            if self._is_stale:
+                yield from self._say_stale()
             if not why:
                 yield from self._evaluate()
             if why == "pause":
                 yield from self._remember(always=True)
             else:
                 yield from self._save(must=True)
+            if not why:
+                yield from self._onlookers.after("end", self.step)
+            yield from self._say()
             yield Done(self._job.rank, self.step, why)
         finally:
             # The readers first: who waits for one is told, and need not be waited for.
@@ -127,12 +122,36 @@ class Loop:
                 self._pool.close()
 
     def _between_steps(self) -> Iterator[Report]:
-        while self._notes:
-            yield Note(self._job.rank, self._notes.popleft())
+        yield from self._say()
+        yield from self._onlookers.after("step", self.step)
         if self._due(self._job.schedule.eval_every):
             yield from self._evaluate()
         if self._due(self._job.schedule.checkpoint_every):
-            yield from self._save(must=self.position >= self._job.schedule.end)
+            # One that is the last of this attempt is made in any case.
+            ends = not self._steps_left or self._is_stale
+            yield from self._save(must=ends or self._ahead.look(self._steps_left, self._wish()) != "")
+
+    def _say(self) -> Iterator[Report]:
+        while self._notes:
+            yield Note(self._job.rank, self._notes.popleft())
+
+    @property
+    def _is_stale(self) -> bool:
+        patience = self._spec.train.early_stop
+        return self._best is not None and patience is not None and self._waited >= patience
+
+    def _say_stale(self) -> Iterator[Report]:
+        if self._job.rank == 0:
+            best, patience = self._spec.train.best, self._spec.train.early_stop
+            yield Note(
+                0,
+                f"early stop at step {self.step}: no better {best.metric} in {patience} evaluations; "
+                f"{self._best:.6g} at step {self._best_step} is the best",
+            )
+
+    @property
+    def _steps_left(self) -> int:
+        return -(-(self._job.schedule.end - self.position) // self._spec.batch.global_)
 
     def _due(self, every: int) -> bool:
         return self.step > 0 and self.step % every == 0
@@ -163,82 +182,128 @@ class Loop:
         seconds["data"] = -begin + (begin := time.perf_counter())
         # The same weights on every rank, before DeepSpeed broadcasts rank 0's.
         torch.manual_seed(self._spec.train.seed)
-        module = self._task.build()
-        num_parameters = sum(p.numel() for p in module.parameters())
-        self._engine = Engine(
-            module,
+        built = self._task.build()
+        modules = networks_of(built)
+        check_networks(self._task, modules, self._spec.optim, self._inputs.plan.eval is not None)
+        shape_networks(modules, self._spec)
+        self._take_weights(modules)
+        num_parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
+        self._networks = Networks(
+            built,
             self._spec.optim,
             self._spec.engine,
             micro_batch=batch.micro_batch,
             grad_accum_steps=batch.grad_accum_steps,
             total_steps=job.schedule.total_steps,
             device=self._device,
+            train=self._spec.train,
+            task=self._task,
         )
         seconds["engine"] = -begin + (begin := time.perf_counter())
         self._resume()
-        engine = self._engine
-        self._snapshots = Snapshots(engine.engine, engine.module, job.rank, job.num_ranks, job.attempt)
-        self._generation = 0
+        self._saving = Saving(self._networks, job, self._ahead, self._alive)
+        self._evaluation = Evaluation(
+            self._task,
+            self._networks,
+            self._spec,
+            rank=job.rank,
+            num_ranks=job.num_ranks,
+            device=self._device,
+            alive=self._alive,
+        )
+        self._onlookers = Onlookers(self._task, self._networks, job, self._device, self._alive, self._notes.append)
         seconds["load"] = time.perf_counter() - begin
-        return Ready(job.rank, _pid(), num_parameters, seconds)
+        self._meter = Meter(self._networks.modules, self._spec.engine, job.rank, job.num_ranks, self._device)
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        return Ready(job.rank, os.getpid(), num_parameters, seconds, name, peak_flops(name))
 
     def _make_collate(self) -> Callable[[], Any]:
         return partial(load_collate, self._spec.task, self._spec.args, self._job.cwd)
 
+    def _take_weights(self, modules: Mapping[str, Any]) -> None:
+        init = self._spec.train.init_from
+        if init is None or self._job.resume:
+            return
+        for line in take_weights(modules, init, self._spec.runs):
+            self._say_on_rank_0(line)
+
+    def _say_on_rank_0(self, text: str) -> None:
+        if self._job.rank == 0:
+            self._notes.append(text)
+
     def _resume(self) -> None:
-        self._engine.step_count = self.step
-        job, self._applied_steps = self._job, 0
+        job = self._job
+        self._networks.set_step(self.step)
         if not job.resume:
             return
-        self._applied_steps = int(job.resume["optimizer_step"])
         memory = SlotStore(job.memory, self._ask) if job.memory else None
-        reader = FragmentReader(memory or self._store, Checkpoint(job.resume["path"], job.resume))
-        load(self._engine.engine, self._engine.module, reader, self._applied_steps, job.rank, job.num_ranks)
+        self._load(FragmentReader(memory or self._store, Checkpoint(job.resume["path"], job.resume)), job.resume)
         if memory:
             memory.close()
+
+    def _load(self, reader: FragmentReader, manifest: Mapping[str, Any]) -> None:
+        networks, job = self._networks, self._job
+        applied = int(manifest["optimizer_step"])
+        updates = load(networks.parts, reader, applied, job.rank, job.num_ranks, self._say_on_rank_0)
+        networks.applied = dict(zip(networks, updates, strict=True))
 
     # ---- one step ----
 
     def _train_step(self) -> StepReport | None:
         """One step, or None when the ranks have agreed to stop."""
-        clock = _Phases(self._mark)
+        self._onlookers.before_step(self.step + 1)
+        clock = Phases(self._mark, self._device)
         # What came after the last step: its report, its snapshot.
         clock.lap("other")
-        left = -(-(self._job.schedule.end - self.position) // self._spec.batch.global_)
         self._alive("data")
-        following = self._ahead.take(left, self._wish())
+        following = self._ahead.take(self._steps_left, self._wish())
         if following is None:
             return None
         batch = self.current = following.batch
-        clock.lap("data_wait")
-        self._engine.train()
-        self._engine.begin_step(following.global_count)
-        for i, micro in enumerate(batch.micros):
-            self._micro_step(i, micro, i == len(batch.micros) - 1, clock)
-        result = self._engine.step()
-        clock.lap("optimizer")
+        # A rank's own wait: one that reads slowly is not to look like all of them.
+        clock.lap("data_wait", self._ahead.others_seconds)
+        self._networks.begin_step(following.global_count)
+        result = self._networks.together(self._turns(batch, clock))
+        clock.end()
         self.step += 1
         self.position = batch.position
+        self._onlookers.made(self.step, result)
         self._alive("step")
-        self._applied_steps += int(result.applied)
         self._mark = clock.now
         self._ahead.trained(clock.now - clock.begin)
         if not result.finite:
             self._not_finite()
         return self._report(batch, following.global_count, result, clock)
 
-    def _micro_step(self, index: int, micro: Batch, last: bool, clock: _Phases) -> None:
+    def _turns(self, batch: StepBatch, clock: Phases) -> dict[str, StepResult]:
+        """Each network's part of a step; jointly, no weight changes before the last has had its turn."""
+        found, jointly = {}, self._networks.jointly
+        for turn, name in enumerate(self._networks):
+            with self._networks.taking(name) as engine:
+                for i, micro in enumerate(batch.micros):
+                    seeds = () if jointly or not turn else (turn,)
+                    self._micro_step(engine, (i, *seeds), micro, clock, last=i == len(batch.micros) - 1)
+                if not jointly:
+                    found[name] = engine.step()
+            clock.lap("optimizer")
+        if jointly:
+            found = {name: engine.step() for name, engine in self._networks.items()}
+            clock.lap("optimizer")
+        return found
+
+    def _micro_step(self, engine: Engine, where: tuple[int, ...], micro: Batch, clock: Phases, *, last: bool) -> None:
         # Keyed, not continued: dropout of a step is the same whether or not the run was resumed before it.
         self._alive("step")
-        _seed(self._device, key(self._spec.train.seed, self.step, self._job.rank, index) >> 1)
+        _seed(self._device, key(self._spec.train.seed, self.step, self._job.rank, *where) >> 1)
         moved = micro.to(self._device)
         clock.lap("h2d")
-        loss = self._task.loss(self._engine, moved)
+        with self._meter.forward(micro.count, first=where[0] == 0):
+            loss = self._networks.loss(self._task, moved)
         clock.lap("forward")
-        self._engine.backward(loss, micro.count, last=last)
+        engine.backward(loss, micro.count, last=last)
         clock.lap("backward")
 
-    def _report(self, batch: StepBatch, count: float, result: StepResult, clock: _Phases) -> StepReport:
+    def _report(self, batch: StepBatch, count: float, result: StepResult, clock: Phases) -> StepReport:
         return StepReport(
             rank=self._job.rank,
             step=self.step,
@@ -259,14 +324,16 @@ class Loop:
             snapshot_every=self._ahead.snapshot_every,
             attempt=self._job.attempt,
             data=self._inputs.newly_counted(),
+            losses=result.losses,
+            **self._meter.step(count, len(batch.micros)),
         )
 
     def _not_finite(self) -> None:
-        """A step that changed no weights, on any rank."""
+        """A step in which a network kept its weights, on every rank."""
         policy = self._spec.faults.nonfinite
         if policy == "stop":
             raise RunFailedError(
-                f"step {self.step}: loss or gradients are not finite; no weights were changed. "
+                f"step {self.step}: loss or gradients are not finite; such an update is not made. "
                 "Lower optim.lr, set optim.clip, or set faults.nonfinite: skip to leave such steps out"
             )
         if policy == "rollback":
@@ -288,10 +355,7 @@ class Loop:
                 f"step {self.step}: loss or gradients are not finite, {_ROLLBACKS} times since the checkpoint of step "
                 f"{checkpoint.step} was put back. Lower optim.lr or set optim.clip"
             )
-        job, engine = self._job, self._engine
-        self._applied_steps = int(checkpoint.manifest["optimizer_step"])
-        reader = FragmentReader(self._store, checkpoint)
-        load(engine.engine, engine.module, reader, self._applied_steps, job.rank, job.num_ranks)
+        self._load(FragmentReader(self._store, checkpoint), checkpoint.manifest)
 
     # ---- between steps ----
 
@@ -300,136 +364,40 @@ class Loop:
         if catalog is None or reader is None or self._evaluated_step == self.step:
             return
         begin = time.perf_counter()
-        metrics = self._metrics(catalog, reader)
+        metrics = self._evaluation.metrics(catalog, reader)
         self._evaluated_step = self.step
-        is_best = self._is_best(metrics)
+        value = better(metrics, self._spec.train.best, self._best)
+        is_best = value is not None
+        self._waited = 0 if is_best else self._waited + 1
+        if value is not None:
+            self._best, self._best_step = value, self.step
         self._mark = time.perf_counter()
         yield EvalReport(self._job.rank, self.step, metrics, is_best, self._mark - begin, self._inputs.newly_counted())
+        first = partial(self._evaluation.first_batch, catalog, reader)
+        yield from self._onlookers.evaluated(self.step, metrics, is_best, not self._steps_left or self._is_stale, first)
+        self._mark = time.perf_counter()
         if is_best:
             yield from self._save(must=True)
 
-    def _metrics(self, catalog: Catalog, reader: UnitReader) -> dict[str, float]:
-        job = self._job
-        average_buffers(self._engine.module)
-        self._engine.eval()
-        # A forward pass over no more rows than a training step may have; the same for any number of workers.
-        rows = min(_EVAL_ROWS, self._spec.batch.micro or self._spec.batch.global_)
-        chunks = EvalStream(
-            catalog.unit_rows,
-            reader,
-            self._task.collate,
-            chunk_rows=rows,
-            rank=job.rank,
-            num_ranks=job.num_ranks,
-        )
-        sums: list[tuple[int, dict[str, Sum]]] = []
-        try:
-            with torch.no_grad():
-                for chunk, batch in chunks:
-                    self._alive("eval")
-                    found = self._task.evaluate(self._engine, batch.to(self._device))
-                    if chunk >= 0:
-                        sums.append((chunk, found))
-        finally:
-            chunks.close()
-        everyone: list[Any] = [sums]
-        if job.num_ranks > 1:
-            everyone = [None] * job.num_ranks
-            dist.all_gather_object(everyone, sums)
-        return reduce_sums([item for rank in everyone for item in rank])
-
-    def _is_best(self, metrics: dict[str, float]) -> bool:
-        best = self._spec.train.best
-        if best.metric not in metrics:
-            raise UserError(
-                f"train.best.metric: evaluate returned no {best.metric!r}; it returns {', '.join(sorted(metrics))}"
-            )
-        value = metrics[best.metric]
-        if not math.isfinite(value):
-            return False
-        better = self._best is None or (value < self._best if best.mode == "min" else value > self._best)
-        if better:
-            self._best = value
-        return better
-
     def _remember(self, always: bool = False) -> Iterator[Report]:
-        """A snapshot in memory, when one is due."""
-        anchor = self._job.anchors and self._due(self._ahead.anchor_every)
-        if not (always or anchor or self._due(self._ahead.snapshot_every)):
-            return
-        schedule = self._job.schedule
-        if self._due(schedule.eval_every) or self._due(schedule.checkpoint_every):
-            # They average buffers: a snapshot of this step is of what they leave, whenever it was taken.
-            average_buffers(self._engine.module)
-        begin = time.perf_counter()
-        slot = self._snapshots.take(self.step, self.position, self._applied_steps)
-        self._ahead.snapshot_took(time.perf_counter() - begin)
-        yield from self._announce()
-        if anchor and slot is not None:
-            self._snapshots.pin(slot)
-            yield Anchor(self._job.rank, self.step, slot)
+        averaged = self._due(self._job.schedule.eval_every) or self._due(self._job.schedule.checkpoint_every)
+        yield from self._saving.remember(self.step, self.position, averaged=averaged, always=always)
 
     def _save(self, must: bool = False) -> Iterator[Report]:
-        """A snapshot that the agent writes to the store while training goes on.
-
-        One that comes before the last is written is left out, unless it `must` be made.
-        """
-        if self._saved_step == self.step:
-            return
-        self._saved_step = self.step
-        rank, begin = self._job.rank, time.perf_counter()
-        self._alive("save")
-        average_buffers(self._engine.module)
-        slot = self._snapshots.take(self.step, self.position, self._applied_steps)
-        while slot is None and must:
-            self._alive("save")
-            time.sleep(_SLOT_SECONDS)
-            slot = self._snapshots.take(self.step, self.position, self._applied_steps)
-        yield from self._announce()
-        seconds = time.perf_counter() - begin
-        self._mark = time.perf_counter()
-        if slot is None:
-            yield SaveFailed(rank, self.step, "all memory for snapshots is in use", seconds)
-            return
-        self._snapshots.pin(slot)
-        yield SaveWanted(rank, self.step, self.position, slot, self._applied_steps, seconds, must)
-
-    def _announce(self) -> Iterator[Report]:
-        """Tells where snapshots are, at first and when the slots were made anew."""
-        if self._generation == self._snapshots.generation:
-            return
-        self._generation, layout = self._snapshots.generation, self._snapshots.layout
-        self._ahead.snapshot_bytes = layout.num_bytes
-        fds = tuple(self._snapshots.fds)
-        yield SlotsMade(self._job.rank, fds, layout.num_bytes, layout.parts, layout.whole, layout.ties)
+        for report in self._saving.save(self.step, self.position, must):
+            self._mark = time.perf_counter()
+            yield report
+            # Whether there was room for it may differ between ranks, what follows it may not.
+            if isinstance(report, SaveWanted | SaveFailed):
+                yield from self._onlookers.after("checkpoint", self.step)
 
     def unpin(self, slot: int) -> None:
         """The agent has written a slot to the store."""
-        self._snapshots.unpin(slot)
+        self._saving.unpin(slot)
 
-
-class _Phases:
-    """Seconds by phase since `begin`."""
-
-    def __init__(self, begin: float) -> None:
-        self.begin = self.now = begin
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Books the time since the last lap."""
-        before, self.now = self.now, time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now - before
-
-
-def reduce_sums(items: list[tuple[int, dict[str, Sum]]]) -> dict[str, float]:
-    """Metrics from the sums of all chunks of all ranks.
-
-    Added up in the order of chunks with an exact sum, so that the figure does not depend on who had which.
-    """
-    ordered = [sums for _, sums in sorted(items, key=lambda item: item[0])]
-    names = ordered[0] if ordered else {}
-    totals = {n: (math.fsum(s[n].total for s in ordered), math.fsum(s[n].count for s in ordered)) for n in names}
-    return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+    def anchored(self, seconds: float) -> None:
+        """A copy has come to another machine, after so long."""
+        self._ahead.anchor_took(seconds)
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -437,9 +405,3 @@ def _seed(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _pid() -> int:
-    import os
-
-    return os.getpid()

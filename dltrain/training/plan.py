@@ -96,7 +96,8 @@ class RankJob:
         memory: name of a rank's file -> where to read it, when that checkpoint is one in memory.
         evaluated: the evaluation of `step` has been made; unfinished: what follows a step may still have to be.
         anchors: there are several machines, each to hold another's snapshots.
-        best: value of the best metric so far.
+        remembers: snapshots stay in memory after steps; False where nobody would take them over.
+        best: value of the best metric so far; best_step: when it was found; waited: evaluations since a better one.
         cwd: the user's working directory, first on the import path.
     """
 
@@ -116,7 +117,10 @@ class RankJob:
     evaluated: bool = False
     unfinished: bool = False
     anchors: bool = False
+    remembers: bool = True
     best: float | None = None
+    best_step: int = 0
+    waited: int = 0
     cwd: str = "."
     device: str = "cpu"
     environment: Mapping[str, str] = field(default_factory=dict)

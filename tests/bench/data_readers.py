@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-BATCH, PASSES = 256, 3
+BATCH, PASSES = 256, 5
 GROUPS = 4
 # Bytes of a row: a uint8 image of 64 x 64 x 3 with its label; 2,048 int32 tokens.
 ROW_BYTES = {"images": 64 * 64 * 3 + 8, "tokens": 2048 * 4}
 # The pace test: what a step takes, and epochs before and after the shuffle's pool is full.
-STEP_SECONDS, FILL_EPOCHS, PACE_EPOCHS = 0.05, 4, 12
+STEP_SECONDS, FILL_EPOCHS, PACE_EPOCHS = 0.05, 4, 24
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -115,7 +115,7 @@ START = [0.0]
 
 
 def measure(reader: str, url: str, num_bytes: int) -> dict[str, float]:
-    """Three passes, in this process and its children."""
+    """All passes, in this process and its children."""
     _import_all()
     read: Callable[[str], Iterator[Any]] = globals()[reader]
     num_rows = num_bytes // ROW_BYTES[Path(url).name]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -31,10 +30,11 @@ WIDTH, HIDDEN, CLASSES, RANKS, BATCH = 256, 640, 10, 2, 128
 # The first steps make the optimizer's state and fill caches.
 WARMUP = 20
 HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[2])]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from machine import versions  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dltrain import Batch, Keys, Task  # noqa: E402
@@ -212,27 +212,12 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "deepspeed", "ray", "dltrain")},
-    }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--bare-rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare_rank:

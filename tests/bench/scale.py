@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,9 @@ import numpy as np
 import pyarrow as pa
 
 HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[2])]
+
+from machine import versions  # noqa: E402
 
 from dltrain.data.catalog import Catalog  # noqa: E402
 from dltrain.data.files import DataFile  # noqa: E402
@@ -195,15 +195,6 @@ def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def versions() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    packages = {name: version(name) for name in ("dltrain", "numpy", "pyarrow")}
-    # Of a machine that others use too, seconds on the clock say less than those of the processor.
-    load = round(os.getloadavg()[0], 1)
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "python": platform.python_version(), **packages}
-
-
 def table(title: str, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
@@ -239,7 +230,7 @@ def main() -> None:
         print(json.dumps(PARTS[options.part](options.units, options.files)))
         return
     planned = {"planning": run_part("planning", options)}
-    found = {"machine": versions(), **planned, **run_part("slices", options)}
+    found = {"machine": versions("dltrain", "numpy", "pyarrow"), **planned, **run_part("slices", options)}
     found |= {**run_part("ranks", options), **run_part("audit", options)}
     show(found)
     if options.out:

@@ -33,7 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[2])]
 import faults  # noqa: E402
 import harness  # noqa: E402
 from leftovers import Leftovers  # noqa: E402
-from overhead import versions  # noqa: E402
+from machine import versions  # noqa: E402
 from recovery_runs import Place, one_machine  # noqa: E402
 from soak_checks import Memory, check_all  # noqa: E402
 

@@ -101,7 +101,8 @@ def test_a_run_grows_when_there_is_room_and_no_step_is_made_twice(tmp_path: Path
     holder = hold(2)
     process = start("run", str(write_spec(tmp_path, spec)), "--json", "--address", ray_address)
     wait_for_step(run, 5, process)
-    assert state(run)["world_size"] == 2
+    # A loaded machine may bring its second agent up late: the run grows to 2 first then.
+    wait_for(lambda: state(run)["world_size"] == 2 and state(run)["state"] == "running", process)
     give_back(holder)
     wait_for(lambda: state(run)["world_size"] == 3 and state(run)["state"] == "running", process)
     wait_for_step(run, state(run)["step"] + 10, process)
@@ -109,7 +110,7 @@ def test_a_run_grows_when_there_is_room_and_no_step_is_made_twice(tmp_path: Path
     done = harness.finish(process)
     assert done.code == 143, done.err
     assert done.json["restarts"] == 0
-    assert starts(run) == [(2, False), (3, True)]
+    assert starts(run)[-2:] in ([(2, False), (3, True)], [(2, True), (3, True)])
     lines = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
     assert lines == list(range(1, done.json["steps"] + 1))
     same_run(run, undisturbed(tmp_path, ray_address, {**spec, "train": {"steps": done.json["steps"]}}))
@@ -177,9 +178,8 @@ def test_a_driver_that_was_replaced_commits_nothing_more(tmp_path: Path, ray_add
     run = tmp_path / "runs" / "tiny"
     first = start("run", str(write_spec(tmp_path, spec)), "--json", "--address", ray_address)
     wait_for_step(run, 6, first)
-    # As another start of the same run does, after the one that this one claimed ahead.
-    taken = max(int(p.name.split("-")[1]) for p in (run / "attempts").iterdir())
-    (run / "attempts" / f"attempt-{taken + 1:04d}").write_text("claimed\n")
+    # As another start of the same run does.
+    (run / "starts" / "start-0002").write_text("claimed\n")
     done = harness.finish(first)
     assert done.code == 1
     assert "another start of this run has taken it over" in done.json["error"]

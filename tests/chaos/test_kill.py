@@ -17,7 +17,8 @@ from harness import alive, dltrain, events, make_spec, start, steps, wait_for, w
 from safetensors.torch import load_file
 
 
-def weights(run: Path, target: Path) -> dict[str, torch.Tensor]:
+def weights(run: Path, name: Path) -> dict[str, torch.Tensor]:
+    target = name.with_suffix(".safetensors")
     done = dltrain("checkpoint", "export", str(run), "--to", str(target), "--step", "newest", "--json")
     assert done.code == 0, done.err
     return load_file(target)
@@ -38,7 +39,7 @@ def times_redone(run: Path) -> int:
     return len(lines) - len(set(lines))
 
 
-@pytest.mark.parametrize("victim", ["worker", "nursery", "agent"])
+@pytest.mark.parametrize("victim", ["worker", pytest.param("nursery", marks=pytest.mark.long), "agent"])
 def test_killed_and_resumed_is_the_same_run(tmp_path: Path, ray_address: str, victim: str) -> None:
     write_data(tmp_path / "train")
     quick = make_spec(tmp_path, name="whole", train={"steps": 30})
@@ -57,7 +58,8 @@ def test_killed_and_resumed_is_the_same_run(tmp_path: Path, ray_address: str, vi
     assert expected in done.err
     whole, mine = steps(tmp_path / "runs" / "whole"), steps(run)
     assert [mine[s]["batch_id"] for s in range(1, 31)] == [whole[s]["batch_id"] for s in range(1, 31)]
-    a, b = weights(run, tmp_path / "a"), weights(tmp_path / "runs" / "whole", tmp_path / "b")
+    a = weights(run, tmp_path / "a.safetensors")
+    b = weights(tmp_path / "runs" / "whole", tmp_path / "b.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert not wait_for_end(pids)
     ledger = json.loads((run / "ledger.json").read_text())

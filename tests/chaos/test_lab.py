@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, alive, wait_for
+from leftovers import Leftovers
 
 from cluster.lab import Lab, main, take_down_abandoned
 from cluster.network import all_networks
@@ -26,10 +27,6 @@ begin = time.monotonic()
 while connection.recv(65536): pass
 print(time.monotonic() - begin, flush=True)
 """
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def test_hosts_reach_each_other_until_a_cable_is_cut() -> None:
@@ -118,26 +115,54 @@ def test_a_lab_whose_owner_was_killed_is_taken_down() -> None:
 
 
 def test_ray_over_hosts_by_command(capfd: pytest.CaptureFixture[str]) -> None:
-    before = shared_memory()
+    leftovers = Leftovers()
     assert main(["up", "--hosts", "2", "--cpus", "1", "--json"]) == 0
     made = json.loads(capfd.readouterr().out)
     lab = ["--lab", made["lab"]]
     try:
         assert count_cpus(made["address"], lab, capfd) == 2
-        assert main(["add", *lab]) == 0
+        assert main(["add", *lab, "--json"]) == 0
         assert json.loads(capfd.readouterr().out)["host"] == 2
         assert count_cpus(made["address"], lab, capfd) == 3
         pids = [pid for host in Lab.attach(made["lab"]).hosts for pid in host.pids()]
         assert len(pids) > 6
         assert main(["kill", *lab, "1"]) == 0
-        assert main(["cut", *lab, "7"]) == 1
+        assert main(["cut", *lab, "7"]) == 2
         assert "no host 7" in capfd.readouterr().err
     finally:
         assert main(["down", *lab]) == 0
     assert main(["down", *lab]) == 0
     wait_for(lambda: not alive(pids))
     assert made["lab"] not in all_networks()
-    assert shared_memory() <= before
+    assert leftovers.found() == []
+
+
+def test_what_is_done_by_command_is_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--hosts", "2", "--no-ray", "--json"]) == 0
+    name = json.loads(capfd.readouterr().out)["lab"]
+
+    def hosts() -> list[dict[str, Any]]:
+        capfd.readouterr()
+        assert main(["list", "--json"]) == 0
+        found: list[dict[str, Any]] = json.loads(capfd.readouterr().out)["labs"]
+        return next(lab["hosts"] for lab in found if lab["lab"] == name)
+
+    try:
+        assert [host["cable"] for host in hosts()] == ["whole", "whole"]
+        for verb in (["cut", "1"], ["slow", "0", "--mbit", "20"]):
+            assert main([*verb, "--lab", name]) == 0
+        assert [(host["cable"], host["mbit"]) for host in hosts()] == [("whole", 20.0), ("cut", None)]
+        for verb in (["mend", "1"], ["slow", "0", "--mbit", "0"]):
+            assert main([*verb, "--lab", name]) == 0
+        assert [(host["cable"], host["mbit"]) for host in hosts()] == [("whole", None)] * 2
+        # What a command prints is part of the answer, and its exit code that of ours.
+        code = "import sys; print('here'); sys.exit(3)"
+        assert main(["exec", "--lab", name, "--json", "1", "--", sys.executable, "-c", code]) == 3
+        answer = json.loads(capfd.readouterr().out.splitlines()[-1])
+        assert (answer["host"], answer["code"], answer["out"]) == (1, 3, "here\n")
+    finally:
+        assert main(["down", "--lab", name, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {"labs": [name]}
 
 
 def count_cpus(address: str, lab: list[str], capfd: pytest.CaptureFixture[str]) -> int:

@@ -32,6 +32,7 @@ def spec_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "kills", [pytest.param(5, id="5 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.soak)]
 )
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path: Path, ray_address: str, kills: int) -> None:
     write_data(tmp_path / "train")
     rng = random.Random(kills)
@@ -56,9 +57,10 @@ def test_killed_at_random_moments(tmp_path: Path, ray_address: str, kills: int) 
     whole, mine = steps(tmp_path / "runs" / "whole"), steps(run)
     assert sorted(mine) == list(range(1, total + 1))
     assert [mine[s]["batch_id"] for s in sorted(mine)] == [whole[s]["batch_id"] for s in sorted(whole)]
-    a, b = weights(run, tmp_path / "a"), weights(tmp_path / "runs" / "whole", tmp_path / "b")
+    a = weights(run, tmp_path / "a.safetensors")
+    b = weights(tmp_path / "runs" / "whole", tmp_path / "b.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in b)
-    assert load_file(tmp_path / "a").keys() == b.keys()
+    assert load_file(tmp_path / "a.safetensors").keys() == b.keys()
     audit = dltrain("audit", str(run))
     assert audit.code == 0, audit.out
     # What is lost with a driver is what came after its last checkpoint; with a worker or an agent next to nothing.

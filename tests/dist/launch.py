@@ -12,13 +12,15 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
+
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from ports import free_ports
 
 __all__ = ["RankError", "run_ranks"]
 
@@ -37,7 +39,7 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_second
     """
     context = multiprocessing.get_context("spawn")
     call = pickle.dumps((fn, args))
-    port = _free_port()
+    (port,) = free_ports(1)
     pipes, processes = [], []
     try:
         for rank in range(num_ranks):
@@ -80,12 +82,6 @@ def _answer(pipe: Connection, rank: int) -> Any:
     if not good:
         raise RankError(f"rank {rank}:\n{value}")
     return value
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dltrain.spec import EngineSpec, OptimSpec
+from dltrain.spec import EngineSpec, OptimSpec, TrainSpec
 from dltrain.training.engine import Engine, StepResult
 
 __all__ = ["Tied", "dense", "engine_for", "rows", "weights", "whole"]
@@ -40,16 +41,25 @@ class Tied(nn.Module):
 
 
 def engine_for(
-    module: nn.Module, optim: dict[str, Any], zero: int, precision: str = "fp32", total_steps: int = 20
+    module: nn.Module,
+    optim: dict[str, Any],
+    zero: int,
+    precision: str = "fp32",
+    total_steps: int = 20,
+    train: dict[str, Any] | None = None,
+    own_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    **engine: Any,
 ) -> Engine:
     return Engine(
         module,
         OptimSpec(**optim),
-        EngineSpec(zero=zero, precision=precision),
+        EngineSpec(zero=zero, precision=precision, **engine),
         micro_batch=4,
         grad_accum_steps=1,
         total_steps=total_steps,
         device=torch.device("cpu"),
+        train=TrainSpec(steps=total_steps, **(train or {})),
+        own_optimizer=own_optimizer,
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dltrain.checkpoint.fragments import collect
 from dltrain.spec import OptimSpec
-from dltrain.training.config import learning_rate
+from dltrain.training.schedules import learning_rate
 from dltrain.training.engine import Engine, StepResult
 
 ADAMW = {"name": "adamw", "lr": 0.02, "weight_decay": 0.1, "clip": 0.5, "schedule": "cosine", "warmup": 2}

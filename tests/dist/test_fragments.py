@@ -25,6 +25,7 @@ from dltrain.checkpoint.fragments import (
     restore_frozen,
     ties,
 )
+from dltrain.checkpoint.numbers import numbers, set_numbers
 from dltrain.training.engine import Engine
 
 ADAMW = {"name": "adamw", "lr": 0.02, "weight_decay": 0.1}
@@ -37,7 +38,20 @@ CASES = {
     "sgd": (networks.dense, SGD, "fp32"),
     "tied": (networks.Tied, ADAMW, "fp32"),
     "bf16": (networks.dense, ADAMW, "bf16"),
+    "lion": (networks.dense, {"name": "lion", "lr": 0.01, "weight_decay": 0.1}, "fp32"),
+    "own": (networks.dense, {"name": "task", "lr": 0.01}, "fp32"),
+    "average": (networks.dense, ADAMW, "fp32"),
+    "average bf16": (networks.dense, ADAMW, "bf16"),
+    "fused": (networks.dense, {**ADAMW, "fused": True}, "fp32"),
+    "offload": (networks.dense, ADAMW, "fp32"),
+    "groups": (
+        networks.dense,
+        {**ADAMW, "groups": [{"match": ["3.*"], "lr_scale": 0.3}, {"match": "0.weight", "weight_decay": 0.0}]},
+        "fp32",
+    ),
 }
+# What an optimizer keeps beside the weights.
+MOMENTS = {"sgd": {"momentum_buffer"}, "lion": {"exp_avg"}}
 Saved = dict[str, Any]
 
 
@@ -46,7 +60,24 @@ Saved = dict[str, Any]
 
 def build(case: str, zero: int, seed: int) -> Engine:
     network, optim, precision = CASES[case]
-    return networks.engine_for(network(seed), optim, zero, precision)
+    return networks.engine_for(
+        network(seed),
+        optim,
+        zero,
+        precision,
+        train={"ema": 0.7} if case.startswith("average") else {},
+        own_optimizer=own if optim["name"] == "task" else None,
+        offload="optimizer" if case == "offload" and zero else "none",
+    )
+
+
+def own(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """One that keeps a number for all weights beside its count of steps."""
+    return torch.optim.NAdam(groups)
+
+
+def averages(engine: Engine) -> dict[int, torch.Tensor]:
+    return engine.average.tensors if engine.average else {}
 
 
 def run(engine: Engine, first: int, last: int) -> list[float]:
@@ -66,7 +97,8 @@ def step(engine: Engine, index: int) -> float:
 
 def save(engine: Engine, steps: int) -> Saved:
     return {
-        "fragments": collect(engine.engine, dist.get_rank(), dist.get_world_size()),
+        "fragments": collect(engine.engine, dist.get_rank(), dist.get_world_size(), averages(engine)),
+        "numbers": numbers(engine.engine),
         "frozen": frozen(engine.module),
         "ties": ties(engine.module),
         "weights": networks.weights(engine),
@@ -98,7 +130,8 @@ def load_and_go_on(case: str, zero: int, saved: Saved) -> Saved:
     def read(name: str, kind: str, offset: int, length: int) -> torch.Tensor:
         return whole[name, kind].reshape(-1)[offset : offset + length].clone()
 
-    restore(engine.engine, read, lambda name, kind: (name, kind) in whole, saved["steps"])
+    restore(engine.engine, read, lambda name: [kind for of, kind in whole if of == name], averages(engine))
+    set_numbers(engine.engine, saved["numbers"])
     restore_frozen(engine.module, saved["frozen"])
     engine.step_count = saved["steps"]
     start = save(engine, saved["steps"])
@@ -154,13 +187,13 @@ def runs() -> list[dict[tuple[str, int], Saved]]:
 
 def checkpoint(runs: list[dict[tuple[str, int], Saved]], case: str, zero: int, when: str = "saved") -> Saved:
     ranks = [by_rank[case, zero][when] for by_rank in runs]
-    return {"whole": whole(ranks), "frozen": ranks[0]["frozen"], "steps": ranks[0]["steps"]}
+    return {"whole": whole(ranks), **{key: ranks[0][key] for key in ("frozen", "numbers", "steps")}}
 
 
 def matrix() -> Iterator[tuple[str, int, int]]:
     for zero, other in itertools.product(STAGES, STAGES):
         yield "adamw", zero, other
-    for case in ("sgd", "tied"):
+    for case in ("sgd", "tied", "lion", "own", "average", "offload", "groups"):
         for zero in STAGES:
             yield case, zero, (zero + 1) % 4
 
@@ -173,7 +206,9 @@ def matrix() -> Iterator[tuple[str, int, int]]:
 def test_every_element_is_saved_once(runs: list[dict[tuple[str, int], Saved]], case: str, zero: int) -> None:
     network, optim, _ = CASES[case]
     trained = {n: p for n, p in network(0).named_parameters() if p.requires_grad}
-    kinds = {"param", "exp_avg", "exp_avg_sq"} if optim["name"] == "adamw" else {"param", "momentum_buffer"}
+    kinds = {"param", *MOMENTS.get(optim["name"], {"exp_avg", "exp_avg_sq"})}
+    began = {"param", "ema"} if case.startswith("average") else {"param"}
+    kinds |= began
     found = checkpoint(runs, case, zero)["whole"]
     assert set(found) == set(itertools.product(trained, kinds))
     assert {key: len(tensor) for key, tensor in found.items()} == {key: trained[key[0]].numel() for key in found}
@@ -182,7 +217,7 @@ def test_every_element_is_saved_once(runs: list[dict[tuple[str, int], Saved]], c
         saved = found[name, "param"].reshape(trained[name].shape)
         assert torch.equal(saved.to(weights[name].dtype), weights[name])
     before = checkpoint(runs, case, zero, "before")["whole"]
-    assert set(before) == {(name, "param") for name in trained}
+    assert set(before) == set(itertools.product(trained, began))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])

@@ -5,8 +5,8 @@
         subprocess.run([...], env={**os.environ, **s3.env})
 
 One monitor, one OSD that keeps its objects in memory, one gateway; no manager, no authentication between them.
-Ports are picked at random, files go to a temporary directory, and the processes end with the one that started
-them, however that ends.
+The gateway listens on loopback, or where it is told to. Ports are picked at random, files go to a temporary directory,
+and the processes end with the one that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,8 +29,9 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
+from ports import free_ports
 
-__all__ = ["INSTALL", "Gateway", "missing_programs", "running_gateway"]
+__all__ = ["INSTALL", "LAUNCHER", "Gateway", "missing_programs", "running_gateway"]
 
 INSTALL = "apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd"
 _PROGRAMS = ("monmaptool", "ceph-mon", "ceph", "ceph-osd", "radosgw", "radosgw-admin")
@@ -42,7 +42,7 @@ _REGION = "us-east-1"
 
 # Becomes the daemon. The kernel kills it when the test process ends, even by SIGKILL; the check is for a parent
 # that was gone before the kernel had been asked.
-_LAUNCHER = """
+LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() != int(sys.argv[1]):
@@ -85,7 +85,7 @@ osd pool default pg num = 1
 osd pool default pgp num = 1
 osd pool default pg autoscale mode = off
 rgw data = {home}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint={address}:{port} tcp_nodelay=1
 rgw run sync thread = false
 rgw enable usage log = false
 rgw enable gc threads = false
@@ -147,22 +147,25 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def running_gateway() -> Iterator[Gateway]:
+def running_gateway(address: str = "127.0.0.1") -> Iterator[Gateway]:
     """Starts the server; stops it and removes all its files at the end.
+
+    Args:
+        address: of this host, that the gateway listens on.
 
     Raises:
         RuntimeError: it did not come up; the message has the ends of the logs.
     """
-    cluster, gateway = _started()
+    cluster, gateway = _started(address)
     try:
         yield gateway
     finally:
         cluster.stop()
 
 
-def _started() -> tuple[_Cluster, Gateway]:
+def _started(address: str) -> tuple[_Cluster, Gateway]:
     for attempt in range(1, _ATTEMPTS + 1):
-        cluster = _Cluster()
+        cluster = _Cluster(address)
         try:
             return cluster, cluster.start()
         except BaseException as error:
@@ -181,14 +184,17 @@ class _NotUpError(RuntimeError):
 class _Cluster:
     """The processes and the files of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self._address = address
         self._home = Path(tempfile.mkdtemp(prefix="dltrain-rgw-"))
         self._daemons: list[tuple[str, subprocess.Popen[bytes]]] = []
-        self._mon_port, self._port = _free_ports(2)
+        self._mon_port, self._port = free_ports(2)
 
     def start(self) -> Gateway:
         fsid = str(uuid.uuid4())
-        config = _CONFIG.format(home=self._home, fsid=fsid, mon_port=self._mon_port, port=self._port)
+        config = _CONFIG.format(
+            home=self._home, fsid=fsid, mon_port=self._mon_port, address=self._address, port=self._port
+        )
         (self._home / "ceph.conf").write_text(config)
         (self._home / "keyring").touch()
         self._start_monitor(fsid)
@@ -225,7 +231,7 @@ class _Cluster:
 
     def _start_gateway(self) -> Gateway:
         self._spawn("radosgw", "-f", "-n", "client.rgw")
-        endpoint = f"http://127.0.0.1:{self._port}"
+        endpoint = f"http://{self._address}:{self._port}"
         self._wait("the gateway", lambda: _answers(endpoint))
         user = json.loads(self._run("radosgw-admin", "user", "create", "--uid=dltrain", "--display-name=dltrain"))
         gateway = Gateway(endpoint, user["keys"][0]["access_key"], user["keys"][0]["secret_key"], self._new_keys)
@@ -249,7 +255,7 @@ class _Cluster:
         return done.stdout
 
     def _spawn(self, program: str, *arguments: str) -> None:
-        launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid())]
+        launcher = [sys.executable, "-S", "-E", "-c", LAUNCHER, str(os.getpid())]
         command = [*launcher, program, "-c", str(self._home / "ceph.conf"), *arguments]
         with (self._home / f"{program}.out").open("wb") as out:
             daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -267,14 +273,6 @@ class _Cluster:
     def _logs(self) -> str:
         files = sorted([*self._home.glob("*.out"), *self._home.glob("*.log")])
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _answers(endpoint: str) -> bool:

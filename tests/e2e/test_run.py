@@ -111,7 +111,8 @@ def test_stop_and_resume_bit_for_bit(run_in: Any, tmp_path: Path, ray_address: s
     live = wait_for_step(tiny(tmp_path), 3, process)
     assert live["state"] == "running"
     text = urllib.request.urlopen(live["metrics_url"], timeout=10).read().decode()
-    for series in ("dltrain_steps_total", 'dltrain_step_phase_seconds_total{phase="forward",rank="1"}', "dltrain_loss"):
+    labels = '{phase="forward",rank="1",run="tiny"}'
+    for series in ("dltrain_steps_total", f"dltrain_step_phase_seconds_total{labels}", "dltrain_loss"):
         assert series in text
     assert "_created" not in text
     stopped = dltrain("stop", str(tiny(tmp_path)), "--json")
@@ -176,12 +177,13 @@ def test_a_column_that_only_the_task_misses(run_in: Any) -> None:
 
 
 def test_more_workers_than_the_cluster_has(run_in: Any) -> None:
-    done = run_in(workers={"min": 9, "max": 9, "wait_seconds": 1})
+    done = run_in(workers={"min": 9, "max": 9, "wait_seconds": 15})
     assert done.code == 2
     assert "waiting for 9 workers; the cluster has room for 4" in done.err
     assert "9 are needed and there is room for 4" in done.err
 
 
+@pytest.mark.long
 def test_more_workers_than_a_private_ray_has(tmp_path: Path) -> None:
     write_data(tmp_path / "train")
     spec = make_spec(tmp_path, workers=500, batch={"global": 500})

@@ -180,7 +180,7 @@ def test_inspect(s3: Gateway, raw: str, bucket: str) -> None:
     assert inspect_data(raw) == found
     refused = harness.dltrain("data", "inspect", "s3://no-such-bucket/x", env=s3.env)
     assert refused.code == 2
-    assert "found no Parquet at s3://no-such-bucket/x" in refused.err
+    assert "s3://no-such-bucket/x: the bucket does not exist" in refused.err
     assert len(refused.err.strip().splitlines()) == 1
 
 

@@ -50,6 +50,27 @@ def test_a_run_that_lives_in_s3(s3: Any, bucket: str, tmp_path: Path) -> None:
     assert len(lines) == 20
 
 
+def test_what_a_run_in_s3_shows_of_itself(s3: Any, bucket: str, tmp_path: Path) -> None:
+    """Logs, samples, traces and event files go where the run is; the report is written here."""
+    env = {**s3.env, "RAY_ADDRESS": "", "DLTRAIN_RUNS": f"s3://{bucket}/runs"}
+    changes = {"task": "tasks:Shows", "trackers": ["tensorboard"], "profile": {"steps": "3..4"}, "workers": 1}
+    done = dltrain("run", spec_on(bucket, tmp_path, train={"steps": 10}, **changes), "--json", env=env)
+    assert done.code == 0, done.err
+    lines = dltrain("logs", "tiny", "--json", env=env).json["lines"]
+    assert {"rank": 0, "attempt": 1, "stream": "stdout", "text": "hello from the task"} in [
+        {name: value for name, value in line.items() if name != "time"} for line in lines
+    ]
+    fs = s3fs.S3FileSystem(key=s3.access_key, secret=s3.secret_key, endpoint_url=s3.endpoint)
+    found = fs.find(f"{bucket}/runs/tiny")
+    for part in ("/profile/step-00000003-rank-0.json.gz", "/samples/step-00000010/index.json", "/logged/", "/logs/"):
+        assert any(part in name for name in found), part
+    assert sum("/tensorboard/events.out.tfevents" in name for name in found) == 1
+    target = tmp_path / "page.html"
+    facts = dltrain("report", "tiny", "--to", str(target), "--json", env=env).json
+    assert (facts["step"], facts["shown"][0]["items"], facts["profiles"]) == (10, 3, done.json["profiles"])
+    assert "what was found" in target.read_text()
+
+
 def refusal(env: dict[str, str], spec: str) -> str:
     done = dltrain("run", spec, env=env)
     assert done.code == 2, (done.out, done.err)

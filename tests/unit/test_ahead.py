@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 from dltrain.data.batch import Batch
 from dltrain.data.stream import StepBatch
-from dltrain.training.ahead import MOST, WISHES, Ahead, num_ahead, snapshot_steps
+from dltrain.training.ahead import MOST, WISHES, Ahead, anchor_steps, num_ahead, snapshot_steps
+from dltrain.training.meter import Phases
 
 
 class Stream:
@@ -79,6 +81,33 @@ def test_a_stop_is_noticed_at_the_next_exchange() -> None:
     assert taken == [True] * 11 + [False]
 
 
+def test_who_looks_ahead_knows_that_this_step_is_the_last() -> None:
+    source = ahead(Stream())
+    train(source, 3, 0.02, of=100)
+    # There are batches that were agreed on: nothing ends before they are trained.
+    assert source.look(97, wish="stop") == ""
+    train(source, 11, 0.02, of=97)
+    assert source.look(86, wish="stop") == source.agreed == "stop"
+    assert source.look(86, wish="") == "stop"
+    assert source.take(86, wish="") is None
+
+
+def test_looking_ahead_takes_nothing() -> None:
+    source = ahead(Stream())
+    assert source.look(10, wish="") == ""
+    assert train(source, 10, 0.02, of=10) == list(range(1, 11))
+
+
+def test_copies_to_other_machines_are_as_far_apart_as_the_slowest_needs() -> None:
+    assert anchor_steps(0.0, 0.1) == 10
+    assert anchor_steps(100e6, 0.1) == 20
+    assert anchor_steps(0.0, 0.1, copy_seconds=4.0) == 60
+    source = ahead(Stream())
+    source.anchor_took(4.0)
+    train(source, 30, 0.1, of=100)
+    assert source.anchor_every == 60
+
+
 def test_every_wish_is_agreed_on() -> None:
     for wish in WISHES:
         source = ahead(Stream())
@@ -113,3 +142,28 @@ def test_a_thread_makes_batches_when_that_takes_a_share_of_the_steps() -> None:
     # Steps that took no longer than making their batches.
     train(ahead(busy), 60, 1e-6, of=100)
     assert busy.prefetched
+
+
+def test_waiting_for_other_ranks_is_told_from_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Stream):
+        def __next__(self) -> StepBatch:
+            time.sleep(0.02)
+            return super().__next__()
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        time.sleep(0.1)
+        tensor.mul_(2)
+
+    monkeypatch.setattr("dltrain.training.ahead.dist.all_reduce", all_reduce)
+    cpu = torch.device("cpu")
+    source, clock = Ahead(Slow(), 2, cpu), Phases(time.perf_counter(), cpu)
+    for steps_left in (10, 9, 8):
+        assert source.take(steps_left, wish="") is not None
+        assert source.others_seconds >= 0.1
+        source.trained(1e-4)
+    clock.lap("data_wait", source.others_seconds)
+    assert clock.seconds["other"] == source.others_seconds
+    assert clock.seconds["data_wait"] >= 0.02
+    # Held since the exchange before: nobody is waited for.
+    assert source.take(7, wish="") is not None
+    assert source.others_seconds == 0.0

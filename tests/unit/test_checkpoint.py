@@ -139,7 +139,7 @@ def test_reading_any_slice(store: Store, monkeypatch: pytest.MonkeyPatch, whole_
             assert reader.read("w", "param", lo, length).tolist() == flat[lo : lo + length].tolist()
     assert torch.equal(reader.tensor("w", "exp_avg"), WEIGHT * 2)
     assert reader.whole("buffer:") == {"count": torch.tensor(7)}
-    assert (reader.has("w", "param"), reader.has("v", "param")) == (True, False)
+    assert (reader.kinds("w"), reader.kinds("v")) == (("param", "exp_avg"), ())
     with pytest.raises(CheckpointError, match="lacks elements of w"):
         reader.read("w", "param", 10, 5)
 

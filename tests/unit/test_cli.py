@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import harness
 import pytest
 
 from dltrain import __version__, cli
+from dltrain.running.requests import Requests
 from dltrain.running.rundir import RunDir
 from dltrain.spec import parse_spec
 from dltrain.training.task import check_task, load_task
@@ -60,10 +63,12 @@ def test_plan_shows_the_arithmetic(capsys: pytest.CaptureFixture[str], tmp_path:
     # 321 parameters: weights and gradients in fp32; master and two moments over two workers.
     assert plan["memory"] == {
         "parameters": 321,
+        "trained": 321,
         "weights": 1284,
         "gradients": 1284,
         "optimizer": 321 * 12 // 2,
         "total": 1284 + 1284 + 321 * 12 // 2,
+        "offloaded": "none",
         "activations": "not estimated",
     }
 
@@ -188,6 +193,36 @@ def test_attempts_are_claimed_once(tmp_path: Path, spec: dict[str, Any]) -> None
     assert [run.claim_attempt(), run.claim_attempt(), RunDir.of(parse_spec(spec)).claim_attempt()] == [1, 2, 3]
 
 
+def test_a_run_is_taken_over_by_a_later_start_and_never_taken_back(spec: dict[str, Any]) -> None:
+    first, second = begun(spec), RunDir.of(parse_spec(spec))
+    assert not first.is_replaced()
+    first.claim_attempt()
+    second.claim_attempt()
+    assert (first.is_replaced(), second.is_replaced()) == (True, False)
+    # The first does not know yet, and starts another attempt.
+    first.claim_attempt()
+    assert (first.is_replaced(), second.is_replaced()) == (True, False)
+
+
+def test_requests_are_looked_for_in_the_background(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dltrain.running.requests._EVERY_SECONDS", 0.01)
+    run = begun(spec)
+    run.claim_attempt()
+    with contextlib.closing(Requests(run)) as requests:
+        time.sleep(0.1)
+        assert (requests.stop, requests.replaced) == (False, False)
+        run.request_stop()
+        harness.wait_for(lambda: requests.stop)
+        assert not run.store.exists("stop")
+        other = RunDir.of(parse_spec(spec))
+        other.claim_attempt()
+        harness.wait_for(lambda: requests.replaced)
+        # Meant for whoever has the run now.
+        run.request_stop()
+        time.sleep(0.1)
+        assert run.store.exists("stop")
+
+
 # ---- the short commands ----
 
 
@@ -223,7 +258,9 @@ def test_json_errors_are_json(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert (code, json.loads(out)["exit_code"]) == (2, 2)
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "status", "list", "stop", "checkpoint", "data"])
+@pytest.mark.parametrize(
+    "verb", ["run", "plan", "status", "list", "stop", "logs", "top", "submit", "jobs", "checkpoint", "data"]
+)
 def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0

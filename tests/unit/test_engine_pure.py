@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from dltrain.spec import EngineSpec, OptimSpec
-from dltrain.training.config import deepspeed_config, learning_rate
-from dltrain.training.engine import _cast, _optimizer
+from dltrain.training.config import deepspeed_config
+from dltrain.training.engine import _cast
+from dltrain.training.optimizers import make_optimizer, parameter_groups
+from dltrain.training.schedules import learning_rate
 
 
 def config(optim: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
     return deepspeed_config(OptimSpec(lr=0.1, **optim), EngineSpec(**engine), 4, 3, 5)
+
+
+def _optimizer(module: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
+    return make_optimizer(parameter_groups(module, optim), optim, fused=False)
 
 
 def rates(total_steps: int, **fields: Any) -> list[float]:

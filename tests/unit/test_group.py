@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dltrain.running.agent import SlotInfo, _interface_of
+from dltrain.running.agent import SlotInfo
 from dltrain.running.group import rank_environment
+from dltrain.running.rendezvous import interface_of
 
 
 def info(node: str, gpu: str | None = None) -> SlotInfo:
@@ -29,4 +30,4 @@ def test_identical_slots_have_ranks_of_their_own() -> None:
 
 
 def test_the_interface_of_an_address() -> None:
-    assert _interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.0.0.1") == "lo"

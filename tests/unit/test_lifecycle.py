@@ -208,6 +208,20 @@ def test_a_last_checkpoint_that_is_lost_is_not_a_finished_run() -> None:
     assert "No space left" in str(found.error)
 
 
+def test_who_was_replaced_ends_even_while_recovering_or_waiting() -> None:
+    life = running()
+    life.handle(Exited(1, -9, ""), 5.0)
+    assert life.state == "recovering"
+    found = end(life.handle(raised(0, "final", message="another start of this run has taken it over"), 6.0))
+    assert (found.status, str(found.error)) == ("failed", "another start of this run has taken it over")
+
+
+def test_the_log_does_not_keep_what_is_where_in_files() -> None:
+    life = running()
+    life.handle(Saved(0, 10, 80, {"parts": [1] * 1000}, 0.1, {"whole": ["b"]}), 5.0)
+    assert life.log[-1] == (5.0, Saved(0, 10, 80, {}, 0.1, {}))
+
+
 def test_stop_finishes_the_step_and_saves() -> None:
     life = running()
     assert Tell in kinds(life.handle(StopRequested(), 5.0))

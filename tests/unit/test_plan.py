@@ -144,6 +144,23 @@ def test_rows_of_a_mix_must_be_alike(tmp_path: Path) -> None:
 # ---- footers ----
 
 
+def test_a_filter_of_one_dataset_alone(tmp_path: Path) -> None:
+    for name in ("web", "books"):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"x": range(10)}), tmp_path / name / "a.parquet")
+    mix = [
+        {"name": "web", "url": str(tmp_path / "web"), "filter": [["x", "<", 8]]},
+        {"name": "books", "url": str(tmp_path / "books")},
+    ]
+    said: list[str] = []
+    found = read_plan(DataSpec.model_validate({"mix": mix, "filter": [["x", ">=", 3]]}), 2, said.append)
+    assert [catalog.num_rows for catalog in found.catalogs] == [5, 7]
+    assert [text.split(" keeps ")[0] for text in said] == [
+        "data.mix (web): the filter",
+        "data.mix (books): the filter",
+    ]
+
+
 def test_footers_are_kept_and_read_lazily_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.write_data(tmp_path / "train", rows=400, files=8, group=5)
     made = read_plan(DataSpec(train=str(tmp_path / "train"), eval=str(tmp_path / "train")), 16, print)

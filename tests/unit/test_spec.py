@@ -67,7 +67,7 @@ def test_a_cache_is_no_part_of_what_a_run_is() -> None:
 def test_five_faults_are_five_lines() -> None:
     raw = good(
         name="a b",
-        optim={"name": "adam", "lr": -1},
+        optim={"name": "adamm", "lr": -1},
         engine={"zero": 5},
         data={"train": "x", "colums": ["a"]},
     )
@@ -84,7 +84,7 @@ def test_five_faults_are_five_lines() -> None:
     ]
     assert "'a b'" in lines[0]
     assert "did you mean 'columns'?" in lines[1]
-    assert "found 'adam'; allowed: 'adamw' or 'sgd'" in lines[2]
+    assert "found 'adamm'; allowed: 'adamw', 'adam', 'sgd', 'lion' or 'task'" in lines[2]
     assert "found -1" in lines[3]
     assert "found 5; allowed: 0, 1, 2 or 3" in lines[4]
     assert caught.value.exit_code == 2
@@ -96,6 +96,16 @@ def test_five_faults_are_five_lines() -> None:
         ({"train": {"epochs": 1, "steps": 2}}, "train: found both epochs and steps"),
         ({"train": {}}, "train: found neither epochs and steps"),
         ({"workers": {"min": 3, "max": 2}}, "min 3 is more than max 2"),
+        ({"train": {"epochs": 1, "compile": "fast"}}, "train.compile: found 'fast'; allowed: False, True, 'default'"),
+        ({"train": {"epochs": 1, "early_stop": 3}}, "train.early_stop: found 3 without data.eval"),
+        ({"train": {"epochs": 1, "ema": 1.0}}, "train.ema: found 1.0"),
+        ({"optim": {"lr": 1, "nesterov": True}}, "nesterov: found true with momentum 0"),
+        ({"optim": {"lr": 1, "name": "lion", "fused": True}}, "fused: found true with lion"),
+        ({"engine": {"zero": 0, "offload": "optimizer"}}, "offload: found optimizer with zero 0"),
+        ({"engine": {"zero": 2, "offload": "all"}}, "offload: found all with zero 2"),
+        ({"engine": {"loss_scale": 8}}, "loss_scale: found 8 with fp32"),
+        ({"engine": {"deepspeed": {"fp16": {"enabled": True}}}}, "fp16.enabled (set engine.precision)"),
+        ({"engine": {"deepspeed": {"zero_optimization": {"offload_param": {}}}}}, "offload_param (set engine.offload)"),
         ({"workers": 300}, "batch.global: 256 rows can't feed workers.min 300"),
         ({"workers": {"min": 1, "max": 1, "gpus": 2}}, "must be 0, 1 or auto"),
         ({"engine": {"tensor_parallel": 2}}, "out of scope for now"),
@@ -110,6 +120,10 @@ def test_five_faults_are_five_lines() -> None:
         ({"data": {"train": "a", "mix": [{"name": "b", "url": "b"}]}}, "data: found both train and mix"),
         ({"data": {"mix": [{"name": "b", "url": "b"}] * 2}}, "found the name 'b' twice in mix"),
         ({"data": {"mix": [{"name": "b", "url": "b", "weight": 0.5}]}}, "data.mix.0.weight: found 0.5"),
+        (
+            {"data": {"mix": [{"name": "b", "url": "b", "filter": [["lang", "=", "de"]]}]}},
+            "data.mix.0.filter: ",
+        ),
         ({"data": {"mix": [{"name": "b", "url": "b", "weigth": 2}]}}, "did you mean 'weight'?"),
         ({"data": {"train": "a", "pack": {"column": "t", "lenght": 8}}}, "did you mean 'length'?"),
         ({"data": {"train": "a", "filter": [["x", ">"]]}}, "'>' takes a value"),
@@ -181,3 +195,9 @@ def test_the_shipped_specs_are_good() -> None:
     jobs = Path(__file__).resolve().parents[2] / "jobs"
     for path in jobs.glob("*.yaml"):
         assert load_spec(path).name
+
+
+@pytest.mark.parametrize(("keep", "policy", "kept"), [(1, "skip", 1), (1, "rollback", 2), (3, "rollback", 3)])
+def test_a_rollback_needs_two_checkpoints(keep: int, policy: str, kept: int) -> None:
+    spec = parse_spec(good(checkpoint={"keep": keep}, faults={"nonfinite": policy}))
+    assert spec.num_kept == kept

@@ -18,7 +18,8 @@ from dltrain.data.mixture import Mixture
 from dltrain.data.order import Order
 from dltrain.data.prefetch import Prefetcher
 from dltrain.data.stream import EvalStream, StepBatch, TrainStream, micro_batches
-from dltrain.errors import BadRowsError, DataChangedError, DataError
+from dltrain.errors import BadRowsError, DataChangedError, DataError, UserError
+from dltrain.training.task import Task
 
 ROWS = [7, 16, 3, 16, 16, 9, 1, 16]
 STARTS = np.concatenate([[0], np.cumsum(ROWS)])
@@ -196,13 +197,36 @@ def test_a_batch_says_what_it_has() -> None:
 
 
 def test_sums_add_up_exactly_in_any_order() -> None:
-    from dltrain.training.loop import reduce_sums
+    from dltrain.training.evaluation import reduce_sums
 
     rng = np.random.default_rng(0)
     items = [(i, {"loss": Sum(float(v), 3)}) for i, v in enumerate(rng.standard_normal(1000) * 1e6)]
     shuffled = [items[i] for i in rng.permutation(len(items))]
     assert reduce_sums(items) == reduce_sums(shuffled)
     assert reduce_sums([]) == {}
+
+
+def test_arrays_add_up_and_the_task_makes_numbers_of_them() -> None:
+    from dltrain.training.evaluation import check_metrics, reduce_sums
+
+    class Counts(Task):
+        def metrics(self, means: Any) -> Any:
+            return {"largest": means["counts"].max(), "loss": means["loss"]}
+
+    rng = np.random.default_rng(0)
+    totals = rng.standard_normal((50, 3)) * 1e6
+    items = [(i, {"counts": Sum(total, 2), "loss": Sum(1.0, 2)}) for i, total in enumerate(totals)]
+    shuffled = [items[i] for i in rng.permutation(len(items))]
+    means = reduce_sums(shuffled)
+    np.testing.assert_array_equal(means["counts"], reduce_sums(items)["counts"])
+    np.testing.assert_allclose(means["counts"], totals.mean(0) / 2)
+    assert check_metrics(Counts(), means) == {"largest": means["counts"].max(), "loss": 0.5}
+    assert check_metrics(Counts(), {}) == {}
+    with pytest.raises(
+        UserError, match="'counts' of the evaluation is an array of 3 numbers; define `metrics` in Task"
+    ):
+        check_metrics(Task(), means)
+    assert np.isnan(reduce_sums([(0, {"counts": Sum(np.zeros(3), 0)})])["counts"]).all()
 
 
 # ---- rows that can't be used ----

@@ -1,0 +1,145 @@
+"""What was said, as letters: a bidirectional LSTM trained with CTC on many voices, heard through noise.
+
+python -m jobs.speech_rnn make-data .data/speech_rnn      # espeak-ng speaks for a minute or two
+dltrain run jobs/speech_rnn.yaml
+dltrain predict speech-rnn command.wav                    # its transcript; --out DIR draws what was heard
+
+Voices of the test are not in the training data, nor are those that differ from them by a number alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+from dltrain import Artifact, Batch, Keys, Sum, Task
+from dltrain.data import decode
+from jobs.common.ctc import LETTERS, encode, transcripts
+from jobs.common.data import main, write_splits
+from jobs.common.figures import Goal
+from jobs.common.spectrogram import log_mel
+from jobs.common.speech import RATE
+
+GOALS = (Goal("word error rate, unseen voices", "wer", 0.10, at_least=False),)
+BANDS = 40
+# Frames become one: 33 a second are enough for letters.
+STRIDE = 3
+# A phrase in training lacks up to so many bands and frames: what is missed must be told from the rest.
+MASK_BANDS, MASK_FRAMES = 8, 12
+
+
+class Listener(nn.Module):
+    """A convolution that makes frames fewer, and an LSTM over them from both ends."""
+
+    def __init__(self, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.fewer = nn.Conv1d(BANDS, width, 5, STRIDE, padding=2)
+        # Between layers.
+        dropout = dropout if layers > 1 else 0.0
+        self.lstm = nn.LSTM(width, width, layers, bidirectional=True, batch_first=True, dropout=dropout)
+        self.head = nn.Linear(2 * width, LETTERS)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(rows, frames, bands), (rows,) -> (rows, frames / 3, letters) log probabilities; 0 is the blank."""
+        y = F.relu(self.fewer(x.transpose(1, 2))).transpose(1, 2)
+        # Without padding what is heard does not depend on the rest of the batch; lengths must be on the CPU.
+        packed = pack_padded_sequence(y, fewer(lengths).cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]).float().log_softmax(-1)
+
+
+def fewer(frames: torch.Tensor) -> torch.Tensor:
+    return (frames - 1) // STRIDE + 1
+
+
+class SpeechRnn(Task):
+    """Transcripts of short commands."""
+
+    columns = ("audio", "text")
+    target_columns = ("text",)
+
+    def __init__(self, width: int = 96, layers: int = 2, dropout: float = 0.1) -> None:
+        self.width, self.layers, self.dropout = width, layers, dropout
+
+    def build(self) -> nn.Module:
+        return Listener(self.width, self.layers, self.dropout)
+
+    def collate(self, rows: pa.RecordBatch, keys: Keys) -> Batch:
+        sound = decode.audio(rows["audio"], RATE)
+        parts = torch.tensor_split(sound.values, sound.offsets[1:-1])
+        heard = [log_mel(part, RATE, BANDS) for part in parts]
+        texts = rows["text"].to_pylist()
+        letters = [encode(text) for text in texts]
+        return Batch(
+            max(1, sum(map(len, letters))),
+            heard=pad_sequence(heard, batch_first=True),
+            lengths=torch.tensor([len(one) for one in heard]),
+            letters=torch.cat(letters),
+            counts=torch.tensor([len(one) for one in letters]),
+            texts=texts,
+            sounds=[part.numpy() for part in parts],
+            keys=keys,
+        )
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        return self._ctc(model(_masked(batch), batch.lengths), batch) / batch.count
+
+    def _ctc(self, said: torch.Tensor, batch: Batch) -> torch.Tensor:
+        # A phrase of more letters than frames can't be written: it has no part in the loss.
+        lengths = fewer(batch.lengths), batch.counts
+        return F.ctc_loss(said.transpose(0, 1), batch.letters, *lengths, reduction="sum", zero_infinity=True)
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
+        import jiwer
+
+        said = model(batch.heard, batch.lengths)
+        found = transcripts(said, fewer(batch.lengths))
+        words, letters = jiwer.process_words(batch.texts, found), jiwer.process_characters(batch.texts, found)
+        wrong = [float(one.substitutions + one.deletions + one.insertions) for one in (words, letters)]
+        return {
+            "loss": Sum(self._ctc(said, batch).item(), batch.count),
+            "wer": Sum(wrong[0], sum(len(text.split()) for text in batch.texts)),
+            "cer": Sum(wrong[1], batch.count),
+        }
+
+    def samples(self, model: Any, batch: Batch) -> list[Artifact]:
+        found = transcripts(model(batch.heard, batch.lengths), fewer(batch.lengths))
+        rows = [{"said": said, "heard": heard} for said, heard in zip(batch.texts, found, strict=True)]
+        sounds = [Artifact.audio(batch.sounds[i], RATE, f"heard: {found[i]}") for i in range(min(3, len(found)))]
+        return [*self.draw(batch, found)[:2], *sounds, Artifact.table(rows[:16], "unseen voices, as they were heard")]
+
+    def predict(self, model: Any, batch: Batch) -> list[str]:
+        return transcripts(model(batch.heard, batch.lengths), fewer(batch.lengths))
+
+    def draw(self, batch: Batch, results: Sequence[str]) -> list[Artifact]:
+        from jobs.common.charts import spectrogram
+
+        heard = [rows[:count].cpu().numpy() for rows, count in zip(batch.heard, batch.lengths.tolist(), strict=True)]
+        return [Artifact.image(spectrogram(one, text), text) for one, text in zip(heard, results, strict=True)]
+
+
+def _masked(batch: Batch) -> torch.Tensor:
+    """What was heard without some bands and frames, as each row's own generator says (Park et al., 2019)."""
+    heard = batch.heard.clone()
+    for row, frames in enumerate(batch.lengths.tolist()):
+        rng = batch.keys.rng(row)
+        for axis, most, size in ((1, MASK_BANDS, BANDS), (0, min(MASK_FRAMES, frames), frames)):
+            width = int(rng.integers(most + 1))
+            heard[row].narrow(axis, int(rng.integers(size - width + 1)), width).zero_()
+    return heard
+
+
+def make_data(url: str, train: int = 2400, test: int = 400) -> dict[str, int]:
+    """Writes what is said under url/train and url/test; returns rows by split."""
+    from jobs.common.utterances import spoken_splits
+
+    return write_splits(url, spoken_splits(train, test), rows_per_group=32)
+
+
+if __name__ == "__main__":
+    main(make_data)

@@ -1,0 +1,110 @@
+"""Every job, a few steps of it: at 1 and 2 workers it learns the same, and a killed worker changes nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import yaml
+from harness import ROOT, Done, events, finish, start, steps
+
+pytestmark = pytest.mark.long
+STEPS, KILL_AT = 40, 5
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml") if path.with_suffix(".py").exists())
+
+
+@dataclass
+class Small:
+    """How a job is made small.
+
+    Attributes:
+        data: what its `make_data` takes; args: what its task takes.
+        tolerance: relative, of the losses at another number of workers: 0.0 where they need not be near each other,
+            because batch normalization sees other batches. Dropout has other random numbers there, so it is 0.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-3
+
+
+SMALL = {
+    "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
+    "health_mlp": Small(tolerance=0.0),
+    "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
+    "label_check": Small(args={"width": 8}, tolerance=0.0),
+    "lm_rnn": Small(args={"embedding": 32, "width": 64, "dropout": 0.0}),
+    "speech_rnn": Small(data={"train": 128, "test": 32}, args={"width": 32, "dropout": 0.0}),
+    "translate_transformer": Small(data={"phrases": 960}, args={"width": 32}),
+}
+
+
+@dataclass
+class Job:
+    """A job on little data of its own, for a few steps."""
+
+    spec: dict[str, Any]
+    small: Small
+    home: Path
+    address: str
+
+    def begin(self, run: str, **changes: Any) -> Any:
+        old = "/".join(Path(self.spec["data"]["train"]).parts[:2])
+        changed = yaml.safe_load(yaml.safe_dump(self.spec).replace(old, str(self.home / "data")))
+        changed["train"] = {k: v for k, v in changed["train"].items() if k not in ("epochs", "init_from", "freeze")}
+        changed["train"] |= {"steps": STEPS, "eval_every": STEPS}
+        changed |= {"name": run, "runs": str(self.home / "runs"), "metrics": {"port": 0}, **changes}
+        changed["args"] = {**changed.get("args", {}), **self.small.args}
+        path = self.home / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(changed))
+        return start("run", str(path), "--json", "--address", self.address, cwd=ROOT)
+
+
+@pytest.fixture(params=JOBS)
+def job(request: pytest.FixtureRequest, tmp_path: Path, ray_address: str) -> Job:
+    name, small = request.param, SMALL.get(request.param, Small())
+    assert importlib.import_module(f"jobs.{name}").make_data(str(tmp_path / "data"), **small.data)
+    return Job(yaml.safe_load((ROOT / "jobs" / f"{name}.yaml").read_text()), small, tmp_path, ray_address)
+
+
+def ended(process: Any) -> Done:
+    done = finish(process)
+    assert done.code == 0, done.err
+    return done
+
+
+def worker_at(run: Path, step: int, process: Any) -> int:
+    """Waits for a step, which may take but a few milliseconds, and returns the last rank's process."""
+    deadline = time.monotonic() + harness.SECONDS
+    while not (run / "steps.jsonl").exists() or len(steps(run)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.003)
+    return next(event["pid"] for event in events(run) if event["event"] == "Ready" and event["rank"] == 1)
+
+
+def test_at_one_and_two_workers_and_after_a_kill(job: Job) -> None:
+    runs, tolerance = job.home / "runs", job.small.tolerance
+    two, one = ended(job.begin("two")), ended(job.begin("one", workers=1))
+    killed = job.begin("killed")
+    os.kill(worker_at(runs / "killed", KILL_AT, killed), signal.SIGKILL)
+    again = ended(killed)
+    assert again.json["restarts"] == 1
+    # Bit for bit.
+    assert again.json["eval"] == two.json["eval"]
+    found = [[line["batch_id"] for line in steps(runs / run).values()] for run in ("two", "one", "killed")]
+    assert found[0] == found[1] == found[2]
+    losses = [[line["loss"] for line in steps(runs / run).values()] for run in ("two", "one", "killed")]
+    assert losses[2] == losses[0]
+    if tolerance:
+        assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+        assert one.json["eval"] == pytest.approx(two.json["eval"], rel=10 * tolerance)
+    assert set(one.json["eval"]) == set(two.json["eval"])
+    assert harness.dltrain("audit", str(runs / "killed")).code == 0
