@@ -80,7 +80,7 @@ def address_of(index: int) -> str:
 
 def all_networks() -> list[str]:
     """Names of the networks that are up on this machine."""
-    found = (_NAME.match(line) for line in _ip("netns", "list").splitlines() if line)
+    found = map(_NAME.match, _namespaces())
     return sorted({match[1] for match in found if match})
 
 
@@ -122,7 +122,7 @@ class Network:
 
     def hosts(self) -> list[int]:
         """The hosts that are plugged in."""
-        found = (line.split()[0].rpartition("-") for line in _ip("netns", "list").splitlines() if line)
+        found = (space.rpartition("-") for space in _namespaces())
         return sorted(int(index) for name, _, index in found if name == self.name and index.isdigit())
 
     def command(self, index: int, command: Sequence[str]) -> list[str]:
@@ -162,12 +162,15 @@ class Network:
 
     def down(self) -> None:
         """Ends every process of every host and takes the network away; nothing happens when there is none."""
-        mine = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(f"{self.name}-")]
+        mine = [space for space in _namespaces() if space.startswith(f"{self.name}-")]
         for space in mine:
             _kill_all(space)
         for space in mine:
-            # Its interfaces go with it.
-            _ip("netns", "del", space)
+            # Its interfaces go with it. Another program may be taking the same abandoned network away.
+            with contextlib.suppress(LabError):
+                _ip("netns", "del", space)
+            if space in _namespaces():
+                raise LabError(f"the namespace {space} can't be taken away")
             shutil.rmtree(_NAMES / space, ignore_errors=True)
 
 
@@ -218,6 +221,10 @@ def _semaphores(pid: int) -> set[str]:
     except OSError:
         return set()
     return {line.split()[-1] for line in lines if "/dev/shm/sem." in line and not line.endswith("(deleted)")}
+
+
+def _namespaces() -> list[str]:
+    return [line.split()[0] for line in _ip("netns", "list").splitlines() if line]
 
 
 def _ip(*arguments: str) -> str:

@@ -39,7 +39,9 @@ def times_redone(run: Path) -> int:
     return len(lines) - len(set(lines))
 
 
-@pytest.mark.parametrize("victim", ["worker", pytest.param("nursery", marks=pytest.mark.long), "agent"])
+@pytest.mark.parametrize(
+    "victim", ["worker", *(pytest.param(one, marks=pytest.mark.long) for one in ("nursery", "agent"))]
+)
 def test_killed_and_resumed_is_the_same_run(tmp_path: Path, ray_address: str, victim: str) -> None:
     write_data(tmp_path / "train")
     quick = make_spec(tmp_path, name="whole", train={"steps": 30})

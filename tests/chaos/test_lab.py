@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,7 +111,10 @@ def test_a_lab_whose_owner_was_killed_is_taken_down() -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    take_down_abandoned()
+    # Two programs that start a lab may both find it.
+    with ThreadPoolExecutor(4) as pool:
+        for taken in [pool.submit(take_down_abandoned) for _ in range(4)]:
+            taken.result()
     assert name not in all_networks()
 
 

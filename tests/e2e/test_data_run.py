@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from harness import dltrain, events, make_spec, make_table, steps, write_data, write_documents, write_spec
 
 TWO_EPOCHS = {"epochs": 2}
@@ -122,6 +123,7 @@ def mixed(tmp_path: Path, **more: Any) -> dict[str, Any]:
     return {"mix": [{"name": n, "url": str(tmp_path / n), "weight": w} for n, w in sources.items()], **more}
 
 
+@pytest.mark.long
 def test_a_mix_resumed_with_other_workers_and_its_audit(run_in: Any, tmp_path: Path) -> None:
     data = mixed(tmp_path)
     assert run_in(data=data, train={"steps": 5}, workers=2).code == 0
@@ -168,6 +170,7 @@ def test_faults_of_a_mix_are_found_and_named(run_in: Any, tmp_path: Path) -> Non
 # ---- packing ----
 
 
+@pytest.mark.long
 def test_a_language_model_on_packed_tokens(run_in: Any, tmp_path: Path) -> None:
     tokens = write_documents(tmp_path / "text", 120)
     more = write_documents(tmp_path / "more", 40, seed=1)

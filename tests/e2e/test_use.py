@@ -109,6 +109,7 @@ print(model.step, model.predict({"x": 0.7, "y": 0.1})["inside"] in (True, False)
 """
 
 
+@pytest.mark.long
 def test_in_a_program(disc: Path) -> None:
     done = python(disc, "-c", PROGRAM, env={"RAY_ADDRESS": ""})
     assert done.code == 0, done.err
