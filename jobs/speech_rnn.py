@@ -16,22 +16,23 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 
 from dltrain import Artifact, Batch, Keys, Sum, Task
 from dltrain.data import decode
 from jobs.common.ctc import LETTERS, encode, transcripts
 from jobs.common.data import main, write_splits
 from jobs.common.figures import Goal
-from jobs.common.spectrogram import log_mel
+from jobs.common.lstm import BidirectionalLSTM
+from jobs.common.spectrogram import log_mel, varied
 from jobs.common.speech import RATE
 
 GOALS = (Goal("word error rate, unseen voices", "wer", 0.10, at_least=False),)
 BANDS = 40
 # Frames become one: 33 a second are enough for letters.
 STRIDE = 3
-# A phrase in training lacks up to so many bands and frames: what is missed must be told from the rest.
-MASK_BANDS, MASK_FRAMES = 8, 12
+# In training a phrase is moved by up to so many bands, and lacks up to so many bands and frames.
+SHIFT, MASK_BANDS, MASK_FRAMES = 3, 8, 12
 
 
 class Listener(nn.Module):
@@ -40,17 +41,13 @@ class Listener(nn.Module):
     def __init__(self, width: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.fewer = nn.Conv1d(BANDS, width, 5, STRIDE, padding=2)
-        # Between layers.
-        dropout = dropout if layers > 1 else 0.0
-        self.lstm = nn.LSTM(width, width, layers, bidirectional=True, batch_first=True, dropout=dropout)
+        self.lstm = BidirectionalLSTM(width, layers, dropout)
         self.head = nn.Linear(2 * width, LETTERS)
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(rows, frames, bands), (rows,) -> (rows, frames / 3, letters) log probabilities; 0 is the blank."""
         y = F.relu(self.fewer(x.transpose(1, 2))).transpose(1, 2)
-        # Without padding what is heard does not depend on the rest of the batch; lengths must be on the CPU.
-        packed = pack_padded_sequence(y, fewer(lengths).cpu(), batch_first=True, enforce_sorted=False)
-        return self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]).float().log_softmax(-1)
+        return self.head(self.lstm(y, fewer(lengths))).float().log_softmax(-1)
 
 
 def fewer(frames: torch.Tensor) -> torch.Tensor:
@@ -63,7 +60,7 @@ class SpeechRnn(Task):
     columns = ("audio", "text")
     target_columns = ("text",)
 
-    def __init__(self, width: int = 96, layers: int = 2, dropout: float = 0.1) -> None:
+    def __init__(self, width: int = 128, layers: int = 3, dropout: float = 0.1) -> None:
         self.width, self.layers, self.dropout = width, layers, dropout
 
     def build(self) -> nn.Module:
@@ -87,7 +84,9 @@ class SpeechRnn(Task):
         )
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        return self._ctc(model(_masked(batch), batch.lengths), batch) / batch.count
+        rows = zip(batch.heard, batch.lengths.tolist(), strict=True)
+        other = [varied(x[:n], batch.keys.rng(i), SHIFT, MASK_BANDS, MASK_FRAMES) for i, (x, n) in enumerate(rows)]
+        return self._ctc(model(pad_sequence(other, batch_first=True), batch.lengths), batch) / batch.count
 
     def _ctc(self, said: torch.Tensor, batch: Batch) -> torch.Tensor:
         # A phrase of more letters than frames can't be written: it has no part in the loss.
@@ -123,18 +122,7 @@ class SpeechRnn(Task):
         return [Artifact.image(spectrogram(one, text), text) for one, text in zip(heard, results, strict=True)]
 
 
-def _masked(batch: Batch) -> torch.Tensor:
-    """What was heard without some bands and frames, as each row's own generator says (Park et al., 2019)."""
-    heard = batch.heard.clone()
-    for row, frames in enumerate(batch.lengths.tolist()):
-        rng = batch.keys.rng(row)
-        for axis, most, size in ((1, MASK_BANDS, BANDS), (0, min(MASK_FRAMES, frames), frames)):
-            width = int(rng.integers(most + 1))
-            heard[row].narrow(axis, int(rng.integers(size - width + 1)), width).zero_()
-    return heard
-
-
-def make_data(url: str, train: int = 2400, test: int = 400) -> dict[str, int]:
+def make_data(url: str, train: int = 6000, test: int = 400) -> dict[str, int]:
     """Writes what is said under url/train and url/test; returns rows by split."""
     from jobs.common.utterances import spoken_splits
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 
-__all__ = ["FRAMES_PER_SECOND", "log_mel"]
+__all__ = ["FRAMES_PER_SECOND", "log_mel", "varied"]
 
 FRAMES_PER_SECOND = 100
 WINDOW_SECONDS = 0.025
@@ -25,6 +26,24 @@ def log_mel(samples: torch.Tensor, rate: int, bands: int = 40) -> torch.Tensor:
     energy = torch.fft.rfft(frames, size).abs().square() @ _filters(rate, size, bands)
     found = (energy + 1e-8).log()
     return (found - found.mean(0)) / (found.std(0, correction=0) + 1e-3)
+
+
+def varied(heard: torch.Tensor, rng: np.random.Generator, shift: int, bands: int, frames: int) -> torch.Tensor:
+    """Another voice says it, and something is missed: bands move up or down, and some bands and frames are left out.
+
+    A longer throat lowers all of a voice's resonances by one factor, which is one distance in mels, nearly. What is
+    left out is 0, the mean (Park et al., 2019).
+
+    Args:
+        heard: (frames, bands); shift: in bands, at most; bands, frames: to leave out, at most.
+    """
+    moved = int(rng.integers(-shift, shift + 1))
+    found = heard[:, (torch.arange(heard.shape[1]) + moved).clamp(0, heard.shape[1] - 1)]
+    for axis, most in ((1, bands), (0, frames)):
+        size = heard.shape[axis]
+        width = int(rng.integers(min(most, size) + 1))
+        found.narrow(axis, int(rng.integers(size - width + 1)), width).zero_()
+    return found
 
 
 @cache

@@ -12,14 +12,16 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dltrain import Batch, Keys
 from jobs.common.ctc import LETTERS, encode, transcripts
+from jobs.common.lstm import BidirectionalLSTM
 from jobs.common.phrases import in_words, phrase
-from jobs.common.spectrogram import log_mel
+from jobs.common.spectrogram import log_mel, varied
 from jobs.common.speech import RATE, Speaker, noisy
 from jobs.common.utterances import voices
-from jobs.speech_rnn import BANDS, SpeechRnn, _masked, make_data
+from jobs.speech_rnn import BANDS, SpeechRnn, make_data
 
 
 def tone(hertz: float, seconds: float = 0.5) -> torch.Tensor:
@@ -162,13 +164,34 @@ def test_the_loss_is_a_mean_over_letters_and_errors_are_counted(spoken: Path) ->
     assert wrong == 1 + len(batch.texts[1].split())
 
 
-def test_masks_are_the_rows_own(spoken: Path) -> None:
-    task = SpeechRnn(width=16, layers=1)
-    batch = batch_of(spoken, task)
-    masked = _masked(batch)
-    assert torch.equal(masked, _masked(batch))
-    changed = (masked != batch.heard).float().mean()
-    assert 0 < changed < 0.4
+def test_a_phrase_is_moved_and_lacks_parts() -> None:
+    heard = torch.arange(1.0, 1 + 50 * BANDS).reshape(50, BANDS)
+    assert torch.equal(varied(heard, np.random.default_rng(0), 0, 0, 0), heard)
+    found = [varied(heard, np.random.default_rng(seed), 3, 8, 12) for seed in range(200)]
+    assert torch.equal(found[0], varied(heard, np.random.default_rng(0), 3, 8, 12))
+    missed = [((one == 0).all(0).sum().item(), (one == 0).all(1).sum().item()) for one in found]
+    assert [max(counts) for counts in zip(*missed, strict=True)] == [8, 12]
+    # The middle band is one of seven.
+    assert {int((one - heard)[:, 20].abs().max()) for one in found if (one[:, 20] != 0).all()} == {0, 1, 2, 3}
+    # Shorter than what it may lack.
+    assert varied(heard[:1], np.random.default_rng(1), 3, 8, 12).shape == (1, BANDS)
+
+
+def test_padding_changes_nothing_in_a_bidirectional_lstm() -> None:
+    torch.manual_seed(0)
+    mine, width, lengths = BidirectionalLSTM(6, 2), 6, torch.tensor([7, 4, 1])
+    like = torch.nn.LSTM(width, width, 2, bidirectional=True, batch_first=True)
+    weights = {}
+    for layer in range(2):
+        for suffix, part in (("", mine.ahead[layer]), ("_reverse", mine.back[layer])):
+            weights |= {f"{k.replace('l0', f'l{layer}')}{suffix}": v for k, v in part.state_dict().items()}
+    like.load_state_dict(weights)
+    x = torch.randn(3, 7, width)
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    wanted = pad_packed_sequence(like(packed)[0], batch_first=True)[0]
+    found = mine(x, lengths)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row, :length], wanted[row, :length])
 
 
 def test_a_file_is_read_and_drawn(spoken: Path) -> None:
