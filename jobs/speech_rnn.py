@@ -1,6 +1,6 @@
 """What was said, as letters: a bidirectional LSTM trained with CTC on many voices, heard through noise.
 
-python -m jobs.speech_rnn make-data .data/speech_rnn      # espeak-ng speaks for a minute or two
+python -m jobs.speech_rnn make-data .data/speech_rnn      # espeak-ng speaks for two or three minutes
 dltrain run jobs/speech_rnn.yaml
 dltrain predict speech-rnn command.wav                    # its transcript; --out DIR draws what was heard
 
@@ -20,10 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dltrain import Artifact, Batch, Keys, Sum, Task
 from dltrain.data import decode
-from jobs.common.ctc import LETTERS, encode, transcripts
+from jobs.common.ctc import LETTERS, corrected, encode, transcripts
 from jobs.common.data import main, write_splits
 from jobs.common.figures import Goal
 from jobs.common.lstm import BidirectionalLSTM
+from jobs.common.phrases import known_words
 from jobs.common.spectrogram import log_mel, varied
 from jobs.common.speech import RATE
 
@@ -62,6 +63,7 @@ class SpeechRnn(Task):
 
     def __init__(self, width: int = 128, layers: int = 3, dropout: float = 0.1) -> None:
         self.width, self.layers, self.dropout = width, layers, dropout
+        self.words = known_words()
 
     def build(self) -> nn.Module:
         return Listener(self.width, self.layers, self.dropout)
@@ -96,30 +98,41 @@ class SpeechRnn(Task):
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
         import jiwer
 
-        said = model(batch.heard, batch.lengths)
-        found = transcripts(said, fewer(batch.lengths))
-        words, letters = jiwer.process_words(batch.texts, found), jiwer.process_characters(batch.texts, found)
-        wrong = [float(one.substitutions + one.deletions + one.insertions) for one in (words, letters)]
+        said, words = model(batch.heard, batch.lengths), sum(len(text.split()) for text in batch.texts)
+        letters, found = self._transcripts(said, batch)
+        alone, with_words = (jiwer.process_words(batch.texts, one) for one in (letters, found))
+        characters = jiwer.process_characters(batch.texts, letters)
         return {
             "loss": Sum(self._ctc(said, batch).item(), batch.count),
-            "wer": Sum(wrong[0], sum(len(text.split()) for text in batch.texts)),
-            "cer": Sum(wrong[1], batch.count),
+            "wer": Sum(_wrong(with_words), words),
+            "wer_without_words": Sum(_wrong(alone), words),
+            "cer": Sum(_wrong(characters), batch.count),
         }
 
+    def _transcripts(self, said: torch.Tensor, batch: Batch) -> tuple[list[str], list[str]]:
+        """As letters are heard, and made of known words."""
+        letters = transcripts(said, fewer(batch.lengths))
+        return letters, [corrected(text, self.words) for text in letters]
+
     def samples(self, model: Any, batch: Batch) -> list[Artifact]:
-        found = transcripts(model(batch.heard, batch.lengths), fewer(batch.lengths))
-        rows = [{"said": said, "heard": heard} for said, heard in zip(batch.texts, found, strict=True)]
+        letters, found = self._transcripts(model(batch.heard, batch.lengths), batch)
+        heard = zip(batch.texts, letters, found, strict=True)
+        rows = [{"said": said, "letters": one, "transcript": other} for said, one, other in heard]
         sounds = [Artifact.audio(batch.sounds[i], RATE, f"heard: {found[i]}") for i in range(min(3, len(found)))]
         return [*self.draw(batch, found)[:2], *sounds, Artifact.table(rows[:16], "unseen voices, as they were heard")]
 
     def predict(self, model: Any, batch: Batch) -> list[str]:
-        return transcripts(model(batch.heard, batch.lengths), fewer(batch.lengths))
+        return self._transcripts(model(batch.heard, batch.lengths), batch)[1]
 
     def draw(self, batch: Batch, results: Sequence[str]) -> list[Artifact]:
         from jobs.common.charts import spectrogram
 
         heard = [rows[:count].cpu().numpy() for rows, count in zip(batch.heard, batch.lengths.tolist(), strict=True)]
         return [Artifact.image(spectrogram(one, text), text) for one, text in zip(heard, results, strict=True)]
+
+
+def _wrong(found: Any) -> float:
+    return float(found.substitutions + found.deletions + found.insertions)
 
 
 def make_data(url: str, train: int = 6000, test: int = 400) -> dict[str, int]:

@@ -5,9 +5,11 @@ Graves et al., Connectionist Temporal Classification, 2006.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
-__all__ = ["LETTERS", "encode", "transcripts"]
+__all__ = ["LETTERS", "corrected", "encode", "transcripts"]
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 # With the blank, which is 0.
@@ -34,3 +36,17 @@ def transcripts(said: torch.Tensor, frames: torch.Tensor) -> list[str]:
         letters = torch.unique_consecutive(best[:count]).tolist()
         found.append(" ".join("".join(ALPHABET[i - 1] for i in letters if i).split()))
     return found
+
+
+def corrected(text: str, words: Collection[str]) -> str:
+    """With the nearest of the words that can be said, in letters changed, in the place of what is none of them."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import extractOne
+
+    # Of words that are equally near, the first by the alphabet.
+    known = sorted(words)
+
+    def nearest(word: str) -> str:
+        return str(extractOne(word, known, scorer=Levenshtein.normalized_similarity)[0])
+
+    return " ".join(word if word in words else nearest(word) for word in text.split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["in_words", "phrase"]
+__all__ = ["in_words", "known_words", "phrase"]
 
 TEMPLATES = (
     "{n}",
@@ -44,6 +44,13 @@ def phrase(rng: np.random.Generator) -> str:
     """One of some millions."""
     words = TEMPLATES[rng.integers(len(TEMPLATES))].split()
     return " ".join(_fill(word, rng) for word in words)
+
+
+def known_words() -> frozenset[str]:
+    """All that phrases are made of."""
+    fixed = {word for template in TEMPLATES for word in template.split() if not word.startswith("{")}
+    chosen = {word for words in WORDS.values() for word in words}
+    return frozenset(fixed | chosen | {word for number in range(1000) for word in in_words(number).split()})
 
 
 def _fill(word: str, rng: np.random.Generator) -> str:

@@ -15,9 +15,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dltrain import Batch, Keys
-from jobs.common.ctc import LETTERS, encode, transcripts
+from jobs.common.ctc import LETTERS, corrected, encode, transcripts
 from jobs.common.lstm import BidirectionalLSTM
-from jobs.common.phrases import in_words, phrase
+from jobs.common.phrases import in_words, known_words, phrase
 from jobs.common.spectrogram import log_mel, varied
 from jobs.common.speech import RATE, Speaker, noisy
 from jobs.common.utterances import voices
@@ -131,6 +131,15 @@ def test_transcripts_leave_out_blanks_and_repetitions() -> None:
     assert encode("hello ").tolist() == [8, 5, 12, 12, 15, 27]
 
 
+def test_unknown_words_become_the_nearest() -> None:
+    words = known_words()
+    assert corrected("turn on the lihgt in tthe kichen", words) == "turn on the light in the kitchen"
+    assert corrected("", words) == ""
+    rng = np.random.default_rng(0)
+    said = [phrase(rng) for _ in range(300)]
+    assert [corrected(text, words) for text in said] == said
+
+
 def test_what_is_heard_does_not_depend_on_the_others(spoken: Path) -> None:
     task = SpeechRnn(width=16, layers=1, dropout=0.0)
     torch.manual_seed(0)
@@ -160,8 +169,8 @@ def test_the_loss_is_a_mean_over_letters_and_errors_are_counted(spoken: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.speech_rnn.transcripts", lambda *_: said)
         with torch.no_grad():
-            wrong = task.evaluate(model, batch)["wer"].total
-    assert wrong == 1 + len(batch.texts[1].split())
+            found = task.evaluate(model, batch)
+    assert found["wer"].total == found["wer_without_words"].total == 1 + len(batch.texts[1].split())
 
 
 def test_a_phrase_is_moved_and_lacks_parts() -> None:
