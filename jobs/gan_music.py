@@ -23,69 +23,14 @@ from dltrain import Artifact, Batch, Keys, Sum, Task
 from jobs.common.data import main, write_splits
 from jobs.common.figures import Goal
 from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES, chorale, chord_statistics
+from jobs.common.voices import NOISE, Discriminator, Generator
 
 # Distances from the real pieces' statistics, as parts of what notes at random have.
 GOALS = tuple(
     Goal(f"{name}: distance, of noise's", name, 0.25, at_least=False) for name in ("in_key", "chords", "changes")
 )
-NOISE = 64
 # One row in so many of a batch is penalised, as much stronger: the mean is the same.
 PENALISED = 4
-
-
-class Near(nn.Module):
-    """A linear layer over a few neighbouring steps: a convolution that is quick on a CPU."""
-
-    def __init__(self, width: int, steps: int) -> None:
-        super().__init__()
-        self.linear, self.steps = nn.Linear(steps * width, width), steps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: (rows, steps, width)
-        before = self.steps // 2
-        padded = F.pad(x, (0, 0, before, self.steps - 1 - before))
-        return self.linear(torch.cat([padded[:, i : i + x.shape[1]] for i in range(self.steps)], -1))
-
-
-class Generator(nn.Module):
-    """Noise as pitches: one of each voice's in each step."""
-
-    def __init__(self, width: int, layers: int = 3) -> None:
-        super().__init__()
-        self.first = nn.Linear(NOISE, STEPS * width)
-        self.layers = nn.ModuleList(Near(width, 3) for _ in range(layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers + 1))
-        self.head = nn.Linear(width, VOICES * SPAN)
-
-    def forward(self, noise: torch.Tensor) -> torch.Tensor:
-        """(rows, NOISE) -> (rows, STEPS, VOICES, SPAN): ones and zeros, with the gradient of their probabilities."""
-        x = self.first(noise).unflatten(1, (STEPS, -1))
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = x + F.leaky_relu(layer(norm(x)), 0.2)
-        logits = self.head(self.norms[-1](x)).unflatten(2, (VOICES, SPAN)).float()
-        chances = logits.softmax(-1)
-        return F.one_hot(logits.argmax(-1), SPAN) + chances - chances.detach()
-
-
-class Discriminator(nn.Module):
-    """Judges chords, pairs of chords and the whole, by pitches and by pitch classes."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(VOICES * SPAN + 12, width)
-        self.pair, self.three, self.whole = Near(width, 2), Near(width, 3), nn.Linear(STEPS * width, width)
-        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
-        pitches = torch.from_numpy(LOWEST)[:, None] + torch.arange(SPAN)
-        self.register_buffer("classes", F.one_hot(pitches.flatten() % 12, 12).float())
-
-    def forward(self, notes: torch.Tensor) -> torch.Tensor:
-        """(rows, STEPS, VOICES, SPAN) -> (rows,)."""
-        flat = notes.flatten(2)
-        chord = F.leaky_relu(self.first(torch.cat([flat, flat @ self.classes], 2)), 0.2)
-        pair = F.leaky_relu(self.pair(chord), 0.2)
-        whole = F.leaky_relu(self.whole(F.leaky_relu(self.three(pair), 0.2).flatten(1)), 0.2)
-        said = [head(x) for head, x in zip(self.heads, (chord, pair, whole[:, None]), strict=True)]
-        return sum(one.mean((1, 2)) for one in said)  # type: ignore[return-value]
 
 
 class GanMusic(Task):
@@ -105,15 +50,17 @@ class GanMusic(Task):
         noise = torch.from_numpy(np.stack([rng.normal(size=NOISE) for rng in rngs])).float()
         chance = np.stack([rng.integers(SPAN, size=(STEPS, VOICES)) for rng in rngs]) + LOWEST
         chosen = torch.from_numpy((keys.ids + keys.epochs) % PENALISED == 0)
+        # Drawn by row, so that any number of workers makes the same.
+        dice = torch.from_numpy(np.stack([rng.gumbel(size=(STEPS, VOICES, SPAN)) for rng in rngs])).float()
         real = F.one_hot(torch.from_numpy(pieces - LOWEST), SPAN).float()
-        return Batch(len(pieces), real=real, noise=noise, pieces=pieces, chance=chance, chosen=chosen)
+        return Batch(len(pieces), real=real, noise=noise, dice=dice, pieces=pieces, chance=chance, chosen=chosen)
 
     def step(self, networks: Any, batch: Batch) -> dict[str, torch.Tensor]:
         d, g = networks["discriminator"], networks["generator"]
         if networks.turn == "generator":
-            return {"generator": F.softplus(-d(g(batch.noise))).mean()}
+            return {"generator": F.softplus(-d(g(batch.noise, batch.dice))).mean()}
         with torch.no_grad():
-            made = g(batch.noise)
+            made = g(batch.noise, batch.dice)
         real = batch.real.detach().requires_grad_()
         said = d(real)
         loss = (F.softplus(-said) + F.softplus(d(made))).mean()

@@ -162,11 +162,12 @@ def main() -> None:
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:
-    """With the rows of other jobs that were measured before, on whatever day: each row has its date."""
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    """With the rows of other jobs that were measured before: each row has its day and its processor."""
+    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
     ran = {row["job"] for row in result["rows"]}
-    new = [{**row, "date": result["date"]} for row in result["rows"]]
-    rows = sorted([row for row in before if row["job"] not in ran] + new, key=lambda row: row["job"])
+    kept = [{"cpu": before["cpu"], **row} for row in before["rows"] if row["job"] not in ran]
+    new = [{**row, "date": result["date"], "cpu": result["cpu"]} for row in result["rows"]]
+    rows = sorted(kept + new, key=lambda row: row["job"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result, "rows": rows}, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ def test_it_begins_to_hear(tmp_path: Path, ray_address: str) -> None:
     make_data(str(tmp_path), 160, 32)
     spec = str(harness.ROOT / "jobs" / "speech_rnn.yaml")
     where = [f"data.train={tmp_path / 'train'}", f"data.eval={tmp_path / 'test'}", f"runs={tmp_path / 'runs'}"]
-    small = ["args={width: 64, layers: 1, dropout: 0.0}", "batch.global=16", "train.epochs=16", "optim.lr=1e-2"]
+    small = ["args={width: 64, layers: 1, dropout: 0.0}", "batch.global=16", "train.epochs=20", "optim.lr=1e-2"]
     env = {"PYTHONPATH": str(harness.ROOT), "DLTRAIN_RUNS": str(tmp_path / "runs")}
     done = harness.dltrain(
         "run", spec, *where, *small, "optim.warmup=10", "metrics.port=0", "--json", "--address", ray_address, env=env
