@@ -55,23 +55,20 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Judges chords, pairs of chords and the whole, by pitches and by the pitch classes that sound."""
+    """Judges chords, pairs of chords and the whole, by pitches and by how many voices have each pitch class."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(VOICES * SPAN + 12, width), nn.Linear(width, width)
+        self.first = nn.Linear(VOICES * SPAN + 12, width)
         self.pair, self.three, self.whole = Near(width, 2), Near(width, 3), nn.Linear(STEPS * width, width)
         self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
         pitches = torch.from_numpy(LOWEST)[:, None] + torch.arange(SPAN)
-        self.register_buffer("classes", F.one_hot(pitches % 12, 12).float())
+        self.register_buffer("classes", F.one_hot(pitches.flatten() % 12, 12).float())
 
     def forward(self, notes: torch.Tensor) -> torch.Tensor:
         """(rows, STEPS, VOICES, SPAN) -> (rows,)."""
-        # A class sounds if any voice has it: a chord is what sounds, whoever doubles it.
-        silent = 1 - (notes.transpose(1, 2) @ self.classes)
-        sounds = 1 - silent[:, 0] * silent[:, 1] * silent[:, 2] * silent[:, 3]
-        chord = F.leaky_relu(self.first(torch.cat([notes.flatten(2), sounds], 2)), 0.2)
-        chord = F.leaky_relu(self.second(chord), 0.2)
+        flat = notes.flatten(2)
+        chord = F.leaky_relu(self.first(torch.cat([flat, flat @ self.classes], 2)), 0.2)
         pair = F.leaky_relu(self.pair(chord), 0.2)
         whole = F.leaky_relu(self.whole(F.leaky_relu(self.three(pair), 0.2).flatten(1)), 0.2)
         said = [head(x) for head, x in zip(self.heads, (chord, pair, whole[:, None]), strict=True)]
