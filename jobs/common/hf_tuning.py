@@ -10,6 +10,7 @@ LoRA: Hu and others, arXiv:2106.09685.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,11 @@ def with_lora(model: nn.Module, rank: int, targets: str | Sequence[str]) -> nn.M
     peft = needed("peft")
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     named = targets if isinstance(targets, str) else list(targets)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=named, task_type=kind)
     try:
-        made: nn.Module = peft.get_peft_model(
-            model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=named, task_type=kind)
-        )
+        # It warns of what it then sets right: which way round a layer's weights lie.
+        with warnings.catch_warnings(action="ignore"):
+            made: nn.Module = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"args.targets: {error}") from None
     return made
