@@ -37,6 +37,7 @@ class Small:
 
 SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
+    "finetune_hf": Small(data={"rows": 800}),
     "health_mlp": Small(tolerance=0.0),
     "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
     "label_check": Small(args={"width": 8}, tolerance=0.0),
