@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import sys
@@ -54,22 +55,37 @@ def read_column(url: str, split: str, column: str) -> list[Any]:
     return [value for table in tables for value in table[column].to_pylist()]
 
 
-def main(make_data: Callable[[str], Mapping[str, int]]) -> None:
-    """The command of a job: `make-data URL` writes its data, and says how many rows."""
+def main(make_data: Callable[[str], Mapping[str, int]], *more: Callable[..., str]) -> None:
+    """The command of a job: `make-data URL` writes its data, and says how many rows.
+
+    Args:
+        more: verbs of its own, called by their names with text for each parameter; what they return is printed.
+    """
     from dltrain.errors import DltrainError
 
     module = sys.modules["__main__"].__spec__
     parser = argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None)
-    verb = parser.add_subparsers(required=True, metavar="make-data").add_parser("make-data", help="write its data")
+    verbs = parser.add_subparsers(required=True, metavar="|".join(["make-data", *(one.__name__ for one in more)]))
+    verb = verbs.add_parser("make-data", help="write its data")
+    verb.set_defaults(call=make_data)
     verb.add_argument("url", help="where: a directory, or s3://bucket/path")
     verb.add_argument("--json", action="store_true", help="rows by split as one JSON object")
-    options = parser.parse_args()
+    for one in more:
+        verb = verbs.add_parser(one.__name__, help=one.__doc__)
+        verb.set_defaults(call=one, json=False)
+        for name, parameter in inspect.signature(one).parameters.items():
+            given = parameter.default is not parameter.empty
+            verb.add_argument(name, **({"nargs": "?", "default": parameter.default} if given else {}))
+    options = vars(parser.parse_args())
+    call, as_json = options.pop("call"), options.pop("json")
     try:
-        rows = make_data(options.url)
+        found = call(**options)
     except DltrainError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    if options.json:
-        print(json.dumps(dict(rows)))
+    if as_json:
+        print(json.dumps(dict(found)))
+    elif isinstance(found, str):
+        print(found)
     else:
-        print(f"wrote {', '.join(f'{count:,} rows of {name}' for name, count in rows.items())} to {options.url}")
+        print(f"wrote {', '.join(f'{count:,} rows of {name}' for name, count in found.items())} to {options['url']}")

@@ -39,6 +39,7 @@ SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
     # The last digits of a score decide which of two notes is chosen.
     "gan_music": Small(data={"train": 320, "test": 64}, args={"width": 16}, tolerance=5e-3),
+    "finetune_hf": Small(data={"rows": 800}),
     "health_mlp": Small(tolerance=0.0),
     "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
     "label_check": Small(args={"width": 8}, tolerance=0.0),
