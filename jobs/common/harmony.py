@@ -6,6 +6,7 @@ Pieces are (steps, voices) of MIDI pitches, from the bass up.
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -46,19 +47,15 @@ def chorale(rng: np.random.Generator) -> I64:
     return np.stack(piece)
 
 
-_known: dict[tuple[int, int], I64] = {}
-
-
+@cache
 def _voicings(tonic: int, degree: int) -> I64:
     """(choices, VOICES): the root is below, no voice crosses another, and all three pitch classes sound."""
-    if (tonic, degree) not in _known:
-        triad = (TRIADS[degree] + tonic) % 12
-        ranges = [low + np.arange(SPAN) for low in LOWEST]
-        pitches = [ranges[0][ranges[0] % 12 == triad[0]], *(one[np.isin(one % 12, triad)] for one in ranges[1:])]
-        found = np.array(list(itertools.product(*pitches)))
-        whole = [len(set(one % 12)) == 3 and bool((np.diff(one) > 0).all()) for one in found]
-        _known[tonic, degree] = found[whole]
-    return _known[tonic, degree]
+    triad = (TRIADS[degree] + tonic) % 12
+    ranges = [low + np.arange(SPAN) for low in LOWEST]
+    pitches = [ranges[0][ranges[0] % 12 == triad[0]], *(one[np.isin(one % 12, triad)] for one in ranges[1:])]
+    found = np.array(list(itertools.product(*pitches)))
+    whole = [len(set(one % 12)) == 3 and bool((np.diff(one) > 0).all()) for one in found]
+    return found[whole]
 
 
 def chord_statistics(pieces: I64) -> dict[str, npt.NDArray[np.float64]]:

@@ -28,17 +28,19 @@ class Small:
         data: what its `make_data` takes; args: what its task takes.
         tolerance: relative, of the losses at another number of workers: 0.0 where they need not be near each other,
             because batch normalization sees other batches. Dropout has other random numbers there, so it is 0.
+        evaluation: relative, of the metrics at another number of workers.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-3
+    evaluation: float = 1e-2
 
 
 SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
     # The last digits of a score decide which of two notes is chosen.
-    "gan_music": Small(data={"train": 320, "test": 64}, args={"width": 16}, tolerance=5e-3),
+    "gan_music": Small(data={"train": 320, "test": 64}, args={"width": 16}, evaluation=5e-2),
     "finetune_hf": Small(data={"rows": 800}),
     "health_mlp": Small(tolerance=0.0),
     "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
@@ -109,6 +111,6 @@ def test_at_one_and_two_workers_and_after_a_kill(job: Job) -> None:
     assert losses[2] == losses[0]
     if tolerance:
         assert losses[1] == pytest.approx(losses[0], rel=tolerance)
-        assert one.json["eval"] == pytest.approx(two.json["eval"], rel=10 * tolerance)
+        assert one.json["eval"] == pytest.approx(two.json["eval"], rel=job.small.evaluation)
     assert set(one.json["eval"]) == set(two.json["eval"])
     assert harness.dltrain("audit", str(runs / "killed")).code == 0
