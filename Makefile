@@ -40,7 +40,7 @@ check: install  ## format, lint, types, import directions
 test: install  ## the tests that need nothing but this machine
 	$(BIN)/python -m pytest -q tests/unit -n 2
 	$(BIN)/python -m pytest -q tests/dist tests/chaos tests/e2e -n 2 --dist worksteal \
-		-m 'not (servers or lab or soak or long)'
+		-m 'not (servers or lab or soak or long)' --durations=20
 
 test-all: install  ## and those that need a server (S3), several hosts or minutes: .ci/run installs what they need
 	$(BIN)/python -m pytest -q tests/chaos tests/e2e -n 2 --dist loadgroup -m '(servers or lab or long) and not soak'

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from dltrain.errors import UserError
 from dltrain.spec import EngineSpec, OptimSpec
 from dltrain.training.config import deepspeed_config
-from dltrain.training.engine import _cast
+from dltrain.training.engine import _cast, _check_precision
 from dltrain.training.optimizers import make_optimizer, parameter_groups
 from dltrain.training.schedules import learning_rate
 
@@ -115,3 +116,16 @@ def test_only_floating_inputs_are_cast() -> None:
     assert found["pair"].image.dtype == torch.bfloat16
     assert found["list"][0].dtype == torch.bfloat16
     assert found["list"][1:] == ["text", None]
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
+    if supported:
+        _check_precision("fp16")
+    else:
+        with pytest.raises(UserError, match="engine.precision: found fp16"):
+            _check_precision("fp16")
+    _check_precision("bf16")
