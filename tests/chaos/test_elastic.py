@@ -116,6 +116,7 @@ def test_a_run_grows_when_there_is_room_and_no_step_is_made_twice(tmp_path: Path
     same_run(run, undisturbed(tmp_path, ray_address, {**spec, "train": {"steps": done.json["steps"]}}))
 
 
+@pytest.mark.long
 def test_below_the_minimum_it_waits_and_the_wait_is_no_loss_of_goodput(
     tmp_path: Path, ray_address: str, hold: Any
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_driver_that_was_replaced_commits_nothing_more(tmp_path: Path, ray_add
     assert "another start of this run has taken it over" in done.json["error"]
 
 
+@pytest.mark.long
 def test_rollback_puts_back_the_weights_and_goes_on_with_the_data(tmp_path: Path, ray_address: str) -> None:
     write_data(tmp_path / "train")
     faults = {"nonfinite": "rollback"}

@@ -103,6 +103,7 @@ def test_more_bad_rows_than_allowed_end_the_run(run_in: Any, tmp_path: Path) -> 
     assert "y is out of range" in many.json["error"]
 
 
+@pytest.mark.long
 def test_batches_made_in_other_processes_are_the_same(run_in: Any, tmp_path: Path) -> None:
     data = {"train": str(tmp_path / "train")}
     for name, processes in (("alone", 0), ("helped", 2)):
@@ -205,6 +206,7 @@ def test_a_language_model_on_packed_tokens(run_in: Any, tmp_path: Path) -> None:
 # ---- filters and columns of paths ----
 
 
+@pytest.mark.long
 def test_a_filtered_run_over_partitions(run_in: Any, tmp_path: Path) -> None:
     for i, part in enumerate(("lang=de", "lang=fr")):
         write_data(tmp_path / "parts" / part, rows=90, files=1, seed=i)

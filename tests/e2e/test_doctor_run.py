@@ -132,6 +132,7 @@ def test_a_store_that_swallows_everything_holds_nobody_up(doctor: Doctor, nowher
     assert failed(done)["run directory"] == "no answer within 4 s"
 
 
+@pytest.mark.long
 def test_a_store_that_nobody_serves(doctor: Doctor, nowhere: str) -> None:
     env = {"AWS_ENDPOINT_URL_S3": f"http://{nowhere}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     done = doctor("--address", nowhere, env={**env, "AWS_REGION": "us-east-1"}, runs="s3://bucket/runs")
@@ -139,6 +140,7 @@ def test_a_store_that_nobody_serves(doctor: Doctor, nowhere: str) -> None:
     assert "can't be reached" in failed(done)["run directory"]
 
 
+@pytest.mark.long
 def test_a_run_of_something_else(doctor: Doctor, nowhere: str, tmp_path: Path) -> None:
     other = parse_spec(make_spec(tmp_path, data={"train": "elsewhere"}))
     RunDir.of(other).save_spec(other)

@@ -76,6 +76,7 @@ def test_a_stub_of_the_project_names_the_packages(venv: Path, tmp_path: Path) ->
     assert len(said.split("Would install")[1].split()) == 1, said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_last_step_installs_all_of_it(target: str, venv: Path, tmp_path: Path) -> None:
     tree = copied(target, tmp_path / "tree")

@@ -27,6 +27,7 @@ def weights(run: Path, to: Path) -> dict[str, torch.Tensor]:
     return load_file(to / "model.safetensors")
 
 
+@pytest.mark.long
 def test_resumed_at_other_sizes_and_stages(run_in: Any, tmp_path: Path) -> None:
     data = {"train": str(tmp_path / "train"), "eval": str(tmp_path / "test")}
     whole = run_in(name="whole", **TASK, data=data, train={"steps": 28}, workers=1, engine={"zero": 0})

@@ -93,6 +93,7 @@ def test_another_number_of_workers_and_stage_follow_the_same_path(run_in: Any, t
     )
 
 
+@pytest.mark.long
 def test_evaluation_is_the_same_figure_for_any_number_of_workers(run_in: Any, tmp_path: Path) -> None:
     data = {"train": str(tmp_path / "train"), "eval": str(tmp_path / "test")}
     # A rate too small to change any weight: all of them evaluate the same network.
@@ -208,6 +209,7 @@ def test_nonfinite_steps_are_left_out_or_end_the_run(run_in: Any, tmp_path: Path
     assert "are not finite" in stopped.err
 
 
+@pytest.mark.long
 def test_a_changed_batch_is_resumed_and_said(run_in: Any, tmp_path: Path) -> None:
     assert run_in(train={"steps": 10}).code == 0
     path = write_spec(tmp_path, make_spec(tmp_path))

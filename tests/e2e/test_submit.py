@@ -272,6 +272,7 @@ def test_ctrl_c_on_a_terminal_asks(work: Work) -> None:
     assert harness.state(work.run)["state"] == "stopped"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("env", "said"),
     [

@@ -45,6 +45,7 @@ def weights(run: Path, *options: str) -> dict[str, Any]:
     return load_file(target)
 
 
+@pytest.mark.long
 def test_the_average_of_weights_is_evaluated_and_exported_and_goes_on(tmp_path: Path, go: Any) -> None:
     plain = go("plain", train={"steps": 20, "eval_every": 20})
     whole = go("whole", train={"steps": 20, "eval_every": 20, "ema": 0.8}, engine={"zero": 2})

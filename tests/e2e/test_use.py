@@ -127,6 +127,7 @@ print(ray.is_initialized(), ray.get(ray.remote(lambda: 7).remote()))
 """
 
 
+@pytest.mark.long
 def test_in_a_program_that_is_connected_to_ray(disc: Path, ray_address: str) -> None:
     done = python(disc, "-c", CONNECTED.format(address=ray_address))
     assert done.code == 0, done.err
@@ -219,6 +220,7 @@ def test_labels_that_the_run_contradicts_are_told(digits: Path, tmp_path: Path) 
     assert len(found - set(wrong)) <= 0.3 * len(wrong)
 
 
+@pytest.mark.long
 def test_a_dataset_by_any_number_of_workers_is_the_same_bytes(digits: Path, ray_address: str) -> None:
     env = {"PYTHONPATH": python_path()}
     source, found = str(digits / ".data" / "digits" / "train"), {}
@@ -268,6 +270,7 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, ray_address: str) -> None:
     harness.wait_for(lambda: not harness.alive(_pids(tmp_path)))
 
 
+@pytest.mark.long
 def test_ctrl_c_and_the_same_command_again(tmp_path: Path, ray_address: str) -> None:
     run, source = lots(tmp_path)
     to = tmp_path / "to"

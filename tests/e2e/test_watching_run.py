@@ -40,6 +40,7 @@ def report(run: Path) -> tuple[dict[str, Any], str]:
     return done.json, Path(done.json["report"]).read_text()
 
 
+@pytest.mark.long
 def test_all_of_it_under_zero_3(run_in: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs dltrain[tensorboard]")
     data = {"train": str(tmp_path / "train"), "eval": str(tmp_path / "test")}
@@ -164,6 +165,7 @@ def test_the_end_of_a_dead_workers_log_is_in_the_error(run_in: Any, tmp_path: Pa
     assert "about to read where nothing is" in page
 
 
+@pytest.mark.long
 def test_a_tracker_that_can_write_nowhere_ends_nothing(run_in: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs dltrain[tensorboard]")
     (tmp_path / "boards").write_text("not a directory")
