@@ -61,11 +61,10 @@ class GanMusic(Task):
             return {"generator": F.softplus(-d(g(batch.noise, batch.dice))).mean()}
         with torch.no_grad():
             made = g(batch.noise, batch.dice)
-        real = batch.real.detach().requires_grad_()
-        said = d(real)
-        loss = (F.softplus(-said) + F.softplus(d(made))).mean()
-        (slope,) = torch.autograd.grad(said[batch.chosen].sum(), real, create_graph=True)
-        return {"discriminator": loss + self.penalty / 2 * PENALISED * slope.square().sum((1, 2, 3)).mean()}
+        loss = (F.softplus(-d(batch.real)) + F.softplus(d(made))).mean()
+        chosen = batch.real[batch.chosen].requires_grad_()
+        (slope,) = torch.autograd.grad(d(chosen).sum(), chosen, create_graph=True)
+        return {"discriminator": loss + self.penalty / 2 * PENALISED * slope.square().sum() / len(made)}
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
         halves = batch.pieces[::2], batch.pieces[1::2]

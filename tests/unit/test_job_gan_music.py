@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dltrain import Batch, Keys
 from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES, chorale, chord_statistics
 from jobs.common.music import RATE, SECONDS, midi, notes, piano_roll, sound
+from jobs.common.voices import NOISE, Discriminator, Generator
 from jobs.gan_music import GanMusic
 
 C_MAJOR = np.array([48, 55, 64, 72])
@@ -126,3 +128,31 @@ def test_what_is_generated() -> None:
         made = task.generate(model, 2)
     assert [one.media_type for one in made[0].values()] == ["audio/midi", "audio/wav", "image/png"]
     assert made[0]["midi"].data != made[1]["midi"].data
+
+
+def test_the_discriminator_knows_a_key_by_another(pieces: np.ndarray) -> None:
+    torch.manual_seed(0)
+    judge = Discriminator(16)
+    low = pieces[(pieces < LOWEST + SPAN - 3).all((1, 2))][:20]
+    assert len(low) == 20
+    flat, higher, wrong = (
+        F.one_hot(torch.from_numpy(one - LOWEST), SPAN).float().flatten(2) @ judge.tonics
+        for one in (low, low + 3, np.where(np.arange(VOICES) == 2, low + 1, low))
+    )
+    assert judge._by_tonic(higher).allclose(judge._by_tonic(flat), atol=1e-5)
+    assert not judge._by_tonic(wrong).allclose(judge._by_tonic(flat), atol=1e-3)
+
+
+def test_upper_voices_follow_lower_ones_in_the_generator() -> None:
+    torch.manual_seed(0)
+    maker = Generator(16)
+    noise, dice = torch.randn(8, NOISE), torch.zeros(8, STEPS, VOICES, SPAN)
+    made = maker(noise, dice)
+    assert made.sum(-1).allclose(torch.ones(8, STEPS, VOICES))
+    assert (made.argmax(-1) == maker(noise).argmax(-1)).all()
+    # Another note of the tenor changes what is above it, never what is below.
+    dice[:, :, 1] = 1e3 * F.one_hot((made.argmax(-1)[:, :, 1] + 1) % SPAN, SPAN)
+    other = maker(noise, dice)
+    assert (other[:, :, 0] == made[:, :, 0]).all()
+    assert (other[:, :, 1].argmax(-1) != made[:, :, 1].argmax(-1)).all()
+    assert (other[:, :, 2:].argmax(-1) != made[:, :, 2:].argmax(-1)).any()
