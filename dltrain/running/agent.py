@@ -197,7 +197,10 @@ class Agent:
             silent = time.monotonic() - self._heard
             worker = self._worker
             if silent > self._lease and worker and worker.child.alive():
-                worker.end()
+                worker.end(
+                    f"its agent had not heard of the driver for {silent:.1f} s, more than faults.lease_seconds "
+                    f"({self._lease:g}): the network between them, or a machine with more to do than it can"
+                )
             if silent > _ORPHAN_SECONDS and self._lease < float("inf"):
                 self.close()
                 os._exit(0)
@@ -359,6 +362,7 @@ class _Worker:
         self.rank, self.attempt, self.killed, self.is_done = -1, 0, False, False
         self._push = push
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._reason = ""
         self._sign = diagnose.SignOfLife()
         self._sending = threading.Lock()
         self.box_fd = -1
@@ -395,8 +399,9 @@ class _Worker:
         """Seconds since it gave a sign of life, and what it was at."""
         return self._sign.still()
 
-    def end(self) -> None:
-        """Has it killed; its exit is told like any other."""
+    def end(self, reason: str = "") -> None:
+        """Has it killed; its exit is told like any other, with the reason."""
+        self._reason = self._reason or reason
         with contextlib.suppress(ProcessLookupError, PermissionError):
             # The group: a worker's own children go with it.
             os.killpg(self.child.pid, signal.SIGKILL)
@@ -436,4 +441,4 @@ class _Worker:
         # What it said before its end comes first.
         for thread in self._listeners:
             thread.join(timeout=2)
-        self._push(self, Exited(self.rank, code, "\n".join(self._tail)))
+        self._push(self, Exited(self.rank, code, "\n".join(self._tail), self._reason))

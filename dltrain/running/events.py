@@ -50,6 +50,8 @@ class Exited:
     rank: int
     code: int
     tail: str = ""
+    reason: str = ""
+    """Why its agent ended it, if it did."""
 
 
 @dataclass(frozen=True)

@@ -374,6 +374,8 @@ class Lifecycle:
 
 
 def _describe(event: Exited) -> str:
+    if event.reason:
+        return f"the worker of rank {event.rank} was ended: {event.reason}"
     if event.code < 0:
         try:
             name = signal.Signals(-event.code).name

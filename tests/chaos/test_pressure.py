@@ -115,6 +115,7 @@ def test_a_driver_that_stood_still_does_not_take_its_agents_for_lost(tmp_path: P
     process.send_signal(signal.SIGCONT)
     done = harness.finish(process)
     assert done.code == 0, done.err
+    assert "was ended: its agent had not heard of the driver for" in done.err
     assert [e for e in events(run) if e["event"] == "AgentLost"] == []
     assert [(e["num_ranks"], e["from_memory"]) for e in events(run) if e["event"] == "start"] == [(2, False), (2, True)]
     came_out_whole(run, 60)

@@ -20,7 +20,7 @@ from dltrain.spec import JobSpec, parse_spec
 from dltrain.spec.base import Model
 
 ROOT = harness.ROOT
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 # Directories whose files a page may name; a name with a star or a place to fill in is not a file's.
 HOUSES = ("cluster", "docs", "dltrain", "jobs", "k8s", "tests")
@@ -70,11 +70,18 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose(page.read_text()))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("job", sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__"))
+def test_a_job_has_a_page_with_its_picture(job: str) -> None:
+    home = ROOT / "docs" / "jobs"
+    assert f"]({job}.png)" in (home / f"{job}.md").read_text()
+    assert f"]({job}.md)" in (home / "README.md").read_text()
 
 
 def code_of(page: Path) -> Iterator[str]:
@@ -88,7 +95,7 @@ def code_of(page: Path) -> Iterator[str]:
     yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_that_are_named_exist(page: Path) -> None:
     houses = "|".join(HOUSES)
     named = {
@@ -100,7 +107,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_modules_and_targets_that_are_named_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for code in code_of(page):
@@ -146,7 +153,7 @@ def test_calls_are_seen() -> None:
     assert list(calls("exec dltrain k8s job.yaml --image IMG | kubectl apply -f -")) == [(("k8s",), ["--image"])]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_verbs_and_options_that_are_named_exist(page: Path) -> None:
     known = commands()
     for code in code_of(page):
@@ -167,7 +174,7 @@ def test_a_verb_that_is_not_there_is_seen() -> None:
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_examples_are_on_a_page(path: Path) -> None:
     code = path.read_text()
     if path.name == "digits_task.py":

@@ -99,6 +99,13 @@ def test_too_few_slots_wait_and_then_end() -> None:
     assert "2 CPUs" in str(error)
 
 
+def test_a_worker_that_its_agent_ended_was_not_killed_from_outside() -> None:
+    life = running()
+    (said,) = [one.text for one in life.handle(Exited(1, -9, reason="the driver was silent"), 5.0) if type(one) is Say]
+    assert "the worker of rank 1 was ended: the driver was silent" in said
+    assert "SIGKILL" not in said
+
+
 def test_waiting_ends_when_slots_come() -> None:
     life = Lifecycle(4, 4, 10)
     life.begin()
