@@ -46,6 +46,7 @@ SMALL = {
     "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
     "label_check": Small(args={"width": 8}, tolerance=0.0),
     "lm_rnn": Small(args={"embedding": 32, "width": 64, "dropout": 0.0}),
+    "object_detection": Small(data={"train": 320, "test": 64}, args={"width": 16, "blocks": 1}),
     "speech_rnn": Small(data={"train": 128, "test": 32}, args={"width": 32, "dropout": 0.0}),
     "video_cnn": Small(data={"train": 320, "test": 64}, args={"width": 8, "stages": 2}, tolerance=0.0),
     "translate_transformer": Small(data={"phrases": 960}, args={"width": 32}),
