@@ -131,7 +131,7 @@ def _grey(batch: Batch) -> Any:
     return (255 * batch.image[:, 0]).round().to(torch.uint8).cpu().numpy()
 
 
-def make_data(url: str, train: int = 4000, test: int = 500) -> dict[str, int]:
+def make_data(url: str, train: int = 3200, test: int = 500) -> dict[str, int]:
     """Writes scenes under url/train and url/test; returns rows by split."""
     return write_splits(url, scene_splits(train, test), rows_per_group=32)
 
