@@ -114,8 +114,7 @@ class FaceCnn(Task):
         return [Artifact.image(picture, f"{len(sheet)} faces of the test: who it is and how they feel; {wrong} wrong")]
 
     def read(self, source: Input) -> dict[str, bytes]:
-        pixels = decode.images(pa.array([source.data], pa.binary()), (FACE, FACE))
-        return {"image": pixels[0].numpy().tobytes()}
+        return {"image": decode.images(pa.array([source.data], pa.binary()), (FACE, FACE))[0].numpy().tobytes()}
 
     def predict(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
         """By person and emotion, and the probability of each."""
