@@ -20,6 +20,7 @@ from torch import nn
 
 from dltrain import Artifact, Batch, Input, Keys, Sum, Task
 from dltrain.data import decode
+from jobs.common.augment import varied
 from jobs.common.data import main, write_splits
 from jobs.common.faces import FACE
 from jobs.common.figures import Goal
@@ -84,21 +85,23 @@ class FaceCnn(Task):
         pixels = np.stack([np.frombuffer(one.as_buffer(), np.uint8) for one in rows["image"]])
         image = torch.from_numpy(pixels).view(-1, FACE, FACE, 3).permute(0, 3, 1, 2).float() / 255
         person, emotion = (torch.from_numpy(rows[name].to_numpy().astype(np.int64)) for name in self.target_columns)
-        return Batch(len(image), image=image.contiguous(), person=person, emotion=emotion)
+        return Batch(len(image), image=image.contiguous(), person=person, emotion=emotion, keys=keys)
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        identity, emotion = model(batch.image)
-        smooth = {"label_smoothing": 0.05}
-        return F.cross_entropy(identity, batch.person, **smooth) + F.cross_entropy(emotion, batch.emotion, **smooth)
+        return self._loss(model(varied(batch.image, batch.keys)), batch, label_smoothing=0.05)
+
+    def _loss(self, said: tuple[torch.Tensor, ...], batch: Batch, **more: Any) -> torch.Tensor:
+        who, feels = (
+            F.cross_entropy(z, batch[name], **more) for z, name in zip(said, self.target_columns, strict=True)
+        )
+        return who + feels
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
-        pairs = zip(model(batch.image), (batch.person, batch.emotion), strict=True)
-        (people, feelings), losses = zip(
-            *(((z.argmax(1) == y), F.cross_entropy(z, y, reduction="sum").item()) for z, y in pairs), strict=True
-        )
-        found = {"identity": people, "emotion": feelings, "both": people & feelings}
-        shares = {name: Sum(right.sum().item(), batch.count) for name, right in found.items()}
-        return {**shares, "loss": Sum(sum(losses), batch.count)}
+        identity, emotion = said = model(batch.image)
+        who, feels = identity.argmax(1) == batch.person, emotion.argmax(1) == batch.emotion
+        found = {"identity": who.sum(), "emotion": feels.sum(), "both": (who & feels).sum()}
+        found["loss"] = self._loss(said, batch, reduction="sum")
+        return {name: Sum(total.item(), batch.count) for name, total in found.items()}
 
     def samples(self, model: Any, batch: Batch) -> list[Artifact]:
         from jobs.common.pictures import named, tiles
@@ -114,7 +117,7 @@ class FaceCnn(Task):
         return [Artifact.image(picture, f"{len(sheet)} faces of the test: who it is and how they feel; {wrong} wrong")]
 
     def read(self, source: Input) -> dict[str, bytes]:
-        return {"image": decode.images(pa.array([source.data], pa.binary()), (FACE, FACE))[0].numpy().tobytes()}
+        return {"image": decode.images(pa.array([source.data], pa.binary()), (FACE, FACE)).numpy().tobytes()}
 
     def predict(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
         """By person and emotion, and the probability of each."""

@@ -15,27 +15,35 @@ __all__ = ["varied"]
 
 
 def varied(
-    images: torch.Tensor, keys: Keys, *, shift: float = 0.15, squeeze: float = 0.15, lean: float = 0.1, shade: float = 0.6
+    images: torch.Tensor,
+    keys: Keys,
+    *,
+    shift: float = 0.15,
+    squeeze: float = 0.15,
+    lean: float = 0.1,
+    shade: float = 0.6,
 ) -> torch.Tensor:
-    """Moved, squeezed, turned over or not, and darkened towards one side.
+    """Moved, squeezed, leaning, as in a mirror or not, and darker towards one side.
 
     Args:
-        images: (rows, colours, height, width) in [0, 1].
-        shift: at most, of half the width and height. squeeze: by at most this factor less one, each way by itself.
-        lean: at most, in radians. shade: what light the dark side lacks, at most.
+        images: (rows, colours, side, side) in [0, 1].
+        shift: at most, of half the side. squeeze: at most, each way by itself. lean: at most, in radians.
+        shade: how much of the light the dark side lacks at most.
     """
-    # (rows, 9), in [-1, 1].
-    drawn = torch.from_numpy(np.stack([keys.rng(i).uniform(-1, 1, 9) for i in range(len(images))])).float()
-    x, y, wide, high, angle, flip, side, rise, dark = drawn.to(images.device).unbind(1)
-    scale_x, scale_y = (1 + squeeze * wide) * flip.sign(), 1 + squeeze * high
+    # (rows, 8) in [-1, 1].
+    drawn = np.stack([keys.rng(row).uniform(-1, 1, 8) for row in range(len(images))]).astype(np.float32)
+    x, y, wide, high, angle, mirror, side, dark = torch.from_numpy(drawn).to(images.device).unbind(1)
+    wide, high = (1 + squeeze * wide) * torch.where(mirror < 0, -1, 1), 1 + squeeze * high
     cos, sin = (lean * angle).cos(), (lean * angle).sin()
-    rows = [torch.stack([scale_x * cos, -sin, shift * x], 1), torch.stack([sin, scale_y * cos, shift * y], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    # From -1 at one side to 1 at the other, in any direction.
-    size = images.shape[-1]
-    ramp = torch.linspace(-1, 1, size, device=images.device)
-    turn = torch.pi * side
-    along = (turn.cos()[:, None, None] * ramp + turn.sin()[:, None, None] * ramp[:, None]).clamp(-1, 1)
-    light = 1 - shade * (dark.abs()[:, None, None]) * (along + 1) / 2
-    return moved * light[:, None] * (1 + 0.2 * rise)[:, None, None, None]
+    # From a place on the new picture to the one that is seen there.
+    seen = torch.stack(
+        [torch.stack([wide * cos, -high * sin, shift * x], 1), torch.stack([wide * sin, high * cos, shift * y], 1)], 1
+    )
+    moved = F.grid_sample(
+        images, F.affine_grid(seen, list(images.shape), align_corners=False), padding_mode="border", align_corners=False
+    )
+    # From 0 on one side to 1 on the other, whichever that is.
+    across = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    cos, sin = (torch.pi * side).cos()[:, None, None], (torch.pi * side).sin()[:, None, None]
+    far = ((cos * across + sin * across[:, None]).clamp(-1, 1) + 1) / 2
+    return moved * (1 - shade * dark.abs()[:, None, None] * far)[:, None]

@@ -31,7 +31,7 @@ def draw_faces(
     look = {name: np.array([one[name] for one in looks], np.float32)[:, None, None] for name in looks[0]}
     yaw, pitch = np.asarray(pose, np.float32).T[:, :, None, None]
     across = np.linspace(-1, 1, FACE, dtype=np.float32)
-    x, y = across / look["wide"], (across[:, None] + 0.05) / look["high"]
+    x, y = across / look["wide"], (across[:, None] + 0.02) / look["high"]
     canvas = np.broadcast_to(ground[:, None, None], (len(looks), FACE, FACE, 3)).astype(np.float32)
     radius = np.hypot(x, y)
     # Of what is seen on the ellipsoid: where it is on the head itself, to the right, down and to the front.

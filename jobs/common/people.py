@@ -20,10 +20,10 @@ EMOTIONS = ("happy", "sad", "angry", "surprised", "neutral")
 # By emotion: corners of the mouth up, the mouth open, brows up, their inner ends up, eyelids apart.
 MIMICS = np.array(
     [
-        [0.13, 0.05, 0.02, 0.0, 0.9],
-        [-0.12, 0.0, 0.0, 0.10, 0.8],
-        [-0.05, 0.02, -0.06, -0.11, 0.9],
-        [0.0, 0.16, 0.10, 0.0, 1.4],
+        [0.16, 0.06, 0.02, 0.0, 0.9],
+        [-0.15, 0.0, 0.0, 0.12, 0.8],
+        [-0.05, 0.02, -0.08, -0.14, 0.9],
+        [0.0, 0.18, 0.12, 0.0, 1.5],
         [0.0, 0.0, 0.0, 0.0, 1.0],
     ]
 )
@@ -46,8 +46,8 @@ def look_of(who: int) -> dict[str, Any]:
     line, hangs = STYLES[(who * 3 + who // 4) % 4]
     return {
         # The head's own are in halves of the picture's.
-        "wide": rng.uniform(0.52, 0.7),
-        "high": rng.uniform(0.68, 0.84),
+        "wide": rng.uniform(0.66, 0.86),
+        "high": rng.uniform(0.82, 0.98),
         "skin": SKINS[who % 5] + rng.uniform(-0.03, 0.03, 3),
         "hair": HAIRS[(who // 5 + who) % 5],
         "line": line,

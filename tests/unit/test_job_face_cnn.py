@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dltrain import Artifact, Input, Keys
+from jobs.common.augment import varied
 from jobs.common.faces import FACE, draw_faces
 from jobs.common.people import EMOTIONS, LIGHTS, MIMICS, PEOPLE, POSES, POWERS, face_splits, look_of
 from jobs.face_cnn import FaceCnn, make_data
@@ -97,7 +98,7 @@ def test_light_comes_from_its_side() -> None:
     assert halves[1][1] > 1.2 * halves[1][0]
     # Behind the head it is the same.
     dark, bright = face(5, light=(1, 0, 0.6)), face(5, light=(1, 0, 0.1))
-    assert (dark[0] == bright[0]).all()
+    assert (dark[:6, :6] == bright[:6, :6]).all()
     assert dark.mean() < bright.mean()
 
 
@@ -120,6 +121,28 @@ def test_emotions_are_made_by_the_face_alone() -> None:
     assert hang["happy"] < -0.8
     assert hang["sad"] > 0.8
     assert abs(hang["neutral"]) < 0.2
+
+
+def test_pictures_are_changed_by_their_own_generators() -> None:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.uniform(0.2, 1, (40, 3, 12, 12)).astype(np.float32))
+    keys = Keys(3, np.zeros(40, np.int64), np.arange(40))
+    whole = varied(images, keys)
+    assert torch.equal(whole[5:9], varied(images[5:9], Keys(3, keys.epochs[5:9], keys.ids[5:9])))
+    assert not torch.allclose(whole, varied(images, Keys(3, keys.epochs + 1, keys.ids)), atol=0.1)
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    # Half of them are as in a mirror, and nothing else is left of it.
+    still = varied(images, keys, shift=0, squeeze=0, lean=0, shade=0)
+    mirrored = [torch.allclose(new, old.flip(-1), atol=1e-5) for new, old in zip(still, images, strict=True)]
+    same = [torch.allclose(new, old, atol=1e-5) for new, old in zip(still, images, strict=True)]
+    assert [a != b for a, b in zip(mirrored, same, strict=True)] == [True] * 40
+    assert 8 < sum(mirrored) < 32
+    # Light is taken from one side, and what there is of it is no more than was.
+    lit = varied(torch.ones(40, 1, 12, 12), keys, shade=0.6)
+    assert lit.amax((1, 2, 3)).min() > 0.95
+    assert lit.amin((1, 2, 3)).min() < 0.45
+    assert lit.min() >= 0.4 - 1e-5
 
 
 def test_the_two_heads(faces: dict[str, pa.Table]) -> None:
