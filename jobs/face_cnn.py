@@ -20,7 +20,7 @@ from torch import nn
 
 from dltrain import Artifact, Batch, Input, Keys, Sum, Task
 from dltrain.data import decode
-from jobs.common.augment import varied
+from jobs.common.augment import contrast, varied
 from jobs.common.data import main, write_splits
 from jobs.common.faces import FACE
 from jobs.common.figures import Goal
@@ -52,7 +52,7 @@ class TwoHeads(nn.Module):
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(4, width, 4, 2, padding=1)]
         for stage in range(3):
             if stage:
                 layers.append(nn.Conv2d(width, 2 * width, 2, 2))
@@ -65,7 +65,7 @@ class TwoHeads(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, 3, FACE, FACE) -> logits (rows, people) and (rows, emotions)."""
-        seen = self.seen(image)
+        seen = self.seen(torch.cat([image - 0.5, contrast(image)], 1))
         return self.identity(seen).float(), self.emotion(seen).float()
 
 
@@ -75,7 +75,7 @@ class FaceCnn(Task):
     columns = ("image", "person", "emotion")
     target_columns = ("person", "emotion")
 
-    def __init__(self, width: int = 16, blocks: int = 1) -> None:
+    def __init__(self, width: int = 24, blocks: int = 1) -> None:
         self.width, self.blocks = width, blocks
 
     def build(self) -> nn.Module:
@@ -91,10 +91,7 @@ class FaceCnn(Task):
         return self._loss(model(varied(batch.image, batch.keys)), batch, label_smoothing=0.05)
 
     def _loss(self, said: tuple[torch.Tensor, ...], batch: Batch, **more: Any) -> torch.Tensor:
-        who, feels = (
-            F.cross_entropy(z, batch[name], **more) for z, name in zip(said, self.target_columns, strict=True)
-        )
-        return who + feels
+        return F.cross_entropy(said[0], batch.person, **more) + F.cross_entropy(said[1], batch.emotion, **more)
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
         identity, emotion = said = model(batch.image)
@@ -130,13 +127,11 @@ class FaceCnn(Task):
     def draw(self, batch: Batch, results: Sequence[dict[str, Any]]) -> list[Artifact]:
         from jobs.common.pictures import named
 
-        said = [
-            f"person {one['person']} {one['of_person']:.0%}, {one['emotion']} {one['of_emotion']:.0%}"
-            for one in results
-        ]
-        return [
-            Artifact.image(named(p, text, True, zoom=6), text) for p, text in zip(_pixels(batch), said, strict=True)
-        ]
+        drawn = []
+        for pixels, one in zip(_pixels(batch), results, strict=True):
+            said = f"person {one['person']} {one['of_person']:.0%}, {one['emotion']} {one['of_emotion']:.0%}"
+            drawn.append(Artifact.image(named(pixels, said, True, zoom=6), said))
+        return drawn
 
 
 def _pixels(batch: Batch) -> Any:
@@ -144,7 +139,7 @@ def _pixels(batch: Batch) -> Any:
     return (255 * batch.image).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def make_data(url: str, train: int = 4000, test: int = 500) -> dict[str, int]:
+def make_data(url: str, train: int = 8000, test: int = 500) -> dict[str, int]:
     """Writes faces under url/train and url/test; returns rows by split."""
     return write_splits(url, face_splits(train, test), rows_per_group=32)
 

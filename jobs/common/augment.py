@@ -1,6 +1,7 @@
-"""Colour pictures changed at random, each by its own generator, so that a network does not learn what does not matter.
+"""Colour pictures without what does not matter: changed at random, each by its own generator, and without their light.
 
-varied(batch.image, batch.keys)      # the same for the same seed, epoch and row, on any rank
+varied(batch.image, batch.keys)      # in training: the same for the same seed, epoch and row, on any rank
+contrast(batch.image)                # always
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from dltrain import Keys
 
-__all__ = ["varied"]
+__all__ = ["contrast", "varied"]
 
 
 def varied(
@@ -47,3 +48,14 @@ def varied(
     cos, sin = (torch.pi * side).cos()[:, None, None], (torch.pi * side).sin()[:, None, None]
     far = ((cos * across + sin * across[:, None]).clamp(-1, 1) + 1) / 2
     return moved * (1 - shade * dark.abs()[:, None, None] * far)[:, None]
+
+
+def contrast(image: torch.Tensor, around: int = 9) -> torch.Tensor:
+    """(rows, colours, side, side) -> (rows, 1, side, side): grey less the mean around it, in standard deviations.
+
+    What light does to a place is much the same for those around it (Jarrett et al., 2009).
+    """
+    grey = F.pad(image.mean(1, keepdim=True), (around // 2,) * 4, mode="replicate")
+    mean, square = (F.avg_pool2d(one, around, 1) for one in (grey, grey**2))
+    middle = grey[..., around // 2 : -(around // 2), around // 2 : -(around // 2)]
+    return (middle - mean) / ((square - mean**2).clamp(min=0).sqrt() + 0.02)

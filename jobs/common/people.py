@@ -29,9 +29,9 @@ MIMICS = np.array(
 )
 STRENGTHS, JITTER = (0.7, 1.2), np.array([0.01, 0.005, 0.01, 0.01, 0.05])
 # In degrees from the middle to either side: yaw; azimuth of the light; and how strong that is. Apart, with gaps.
-POSES = {"train": (0.0, 25.0), "test": (28.0, 38.0)}
-LIGHTS = {"train": (0.0, 50.0), "test": (60.0, 85.0)}
-POWERS = {"train": (0.2, 0.5), "test": (0.5, 0.65)}
+POSES = {"train": (0.0, 28.0), "test": (30.0, 36.0)}
+LIGHTS = {"train": (0.0, 55.0), "test": (60.0, 80.0)}
+POWERS = {"train": (0.2, 0.5), "test": (0.5, 0.6)}
 PITCH, ELEVATION = (-12.0, 12.0), (0.0, 40.0)
 SKINS = np.array([[0.98, 0.85, 0.75], [0.9, 0.72, 0.58], [0.76, 0.56, 0.42], [0.55, 0.38, 0.27], [0.4, 0.27, 0.2]])
 HAIRS = np.array([[0.1, 0.08, 0.07], [0.35, 0.2, 0.1], [0.85, 0.7, 0.35], [0.65, 0.25, 0.1], [0.7, 0.7, 0.7]])
