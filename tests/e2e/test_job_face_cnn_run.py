@@ -18,7 +18,7 @@ def test_it_learns_faces(tmp_path: Path, ray_address: str) -> None:
     make_data(str(tmp_path), 800, 100)
     spec = str(harness.ROOT / "jobs" / "face_cnn.yaml")
     where = [f"data.train={tmp_path / 'train'}", f"data.eval={tmp_path / 'test'}", f"runs={tmp_path / 'runs'}"]
-    small = ["args={width: 8, blocks: 1}", "train.epochs=4", "optim.lr=6e-3", "metrics.port=0"]
+    small = ["args={width: 8, blocks: 1}", "train.epochs=4", "train.eval_every=100", "optim.lr=6e-3", "metrics.port=0"]
     env = {"PYTHONPATH": str(harness.ROOT), "DLTRAIN_RUNS": str(tmp_path / "runs")}
     done = harness.dltrain("run", spec, *where, *small, "--json", "--address", ray_address, env=env)
     assert done.code == 0, done.err
