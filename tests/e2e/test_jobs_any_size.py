@@ -41,11 +41,13 @@ SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
     # The last digits of a score decide which of two notes is chosen.
     "gan_music": Small(data={"train": 320, "test": 64}, args={"width": 16}, evaluation=5e-2),
+    "face_cnn": Small(data={"train": 320, "test": 64}, args={"width": 8}),
     "finetune_hf": Small(data={"rows": 800}),
     "health_mlp": Small(tolerance=0.0),
     "image_cnn": Small(args={"width": 16, "blocks": 1}, tolerance=0.0),
     "label_check": Small(args={"width": 8}, tolerance=0.0),
     "lm_rnn": Small(args={"embedding": 32, "width": 64, "dropout": 0.0}),
+    "object_detection": Small(data={"train": 320, "test": 64}, args={"width": 16, "blocks": 1}),
     "speech_rnn": Small(data={"train": 128, "test": 32}, args={"width": 32, "dropout": 0.0}),
     "video_cnn": Small(data={"train": 320, "test": 64}, args={"width": 8, "stages": 2}, tolerance=0.0),
     "translate_transformer": Small(data={"phrases": 960}, args={"width": 32}),
