@@ -39,7 +39,7 @@ class GanVideo(Task):
 
     columns = ("clip", "action")
 
-    def __init__(self, judge: str, width: int = 16, penalty: float = 1.0) -> None:
+    def __init__(self, judge: str, width: int = 16, penalty: float = 0.1) -> None:
         self.url, self.width, self.penalty = judge, width, penalty
 
     @cached_property

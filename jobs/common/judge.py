@@ -32,7 +32,8 @@ def train(task: Task, rows: pa.Table, epochs: int, batch: int = 32, rate: float 
         model = task.build()
     assert isinstance(model, nn.Sequential)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    steps = max(1, epochs * (len(rows) // batch))
+    # The schedule is none for fewer.
+    steps = max(20, epochs * (len(rows) // batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for epoch in range(epochs):
         order = rng.permutation(len(rows))
