@@ -1,0 +1,60 @@
+"""Two networks for clips of an action: one makes them out of noise, the other tells them from real ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from jobs.common.clips import ACTIONS, FRAMES, SIZE
+
+__all__ = ["NOISE", "ClipDiscriminator", "ClipGenerator"]
+
+NOISE, MOTION = 64, 16
+
+
+class Norm(nn.Module):
+    """Normalises each pixel's channels (Karras et al., 2018): no row depends on the others of its batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+class ClipGenerator(nn.Module):
+    """What is seen comes from the noise and stays; how it moves comes from the action, too (Tulyakov et al., 2018)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.action = nn.Embedding(len(ACTIONS), NOISE)
+        moves = [nn.Linear(2 * NOISE, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)]
+        self.moves = nn.Sequential(*moves, nn.Linear(128, FRAMES * MOTION))
+        self.first = nn.Linear(NOISE + MOTION, 8 * width * (SIZE // 8) ** 2)
+        layers: list[nn.Module] = [nn.Unflatten(1, (8 * width, SIZE // 8, SIZE // 8)), Norm(), nn.ReLU()]
+        for factor in (8, 4):
+            deeper = nn.ConvTranspose2d(factor * width, factor // 2 * width, 4, stride=2, padding=1)
+            layers += [deeper, Norm(), nn.ReLU()]
+        self.frames = nn.Sequential(*layers, nn.ConvTranspose2d(2 * width, 1, 4, stride=2, padding=1), nn.Sigmoid())
+
+    def forward(self, noise: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """(rows, NOISE) and (rows,) of ACTIONS -> (rows, FRAMES, SIZE, SIZE) in [0, 1]."""
+        path = self.moves(torch.cat([noise, self.action(action)], 1)).unflatten(1, (FRAMES, MOTION))
+        seen = torch.cat([noise[:, None].expand(-1, FRAMES, -1), path], 2)
+        return self.frames(self.first(seen.flatten(0, 1))).unflatten(0, (-1, FRAMES)).squeeze(2)
+
+
+class ClipDiscriminator(nn.Module):
+    """Sees all frames at once, as channels; the action has part in it by a projection (Miyato and Koyama, 2018)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(FRAMES, 2 * width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for factor in (2, 4):
+            layers += [nn.Conv2d(factor * width, 2 * factor * width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        whole = [nn.Flatten(), nn.Linear(8 * width * (SIZE // 8) ** 2, 128), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers, *whole)
+        self.real, self.action = nn.Linear(128, 1), nn.Embedding(len(ACTIONS), 128)
+        nn.init.normal_(self.action.weight, std=128**-0.5)
+
+    def forward(self, clips: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """(rows, FRAMES, SIZE, SIZE) in [0, 1] and (rows,) of ACTIONS -> (rows,)."""
+        x = self.features(clips)
+        return self.real(x)[:, 0] + (x * self.action(action)).sum(1)
