@@ -49,6 +49,7 @@ SMALL = {
     "speech_rnn": Small(data={"train": 128, "test": 32}, args={"width": 32, "dropout": 0.0}),
     "video_cnn": Small(data={"train": 320, "test": 64}, args={"width": 8, "stages": 2}, tolerance=0.0),
     "translate_transformer": Small(data={"phrases": 960}, args={"width": 32}),
+    "summarize_transformer": Small(data={"most": 20}, args={"width": 32, "dropout": 0.0}),
 }
 
 
