@@ -2,7 +2,7 @@
 
 python -m jobs.few_labels make-data .data/few_labels
 dltrain run jobs/few_labels_pretrain.yaml && dltrain run jobs/few_labels.yaml
-dltrain run jobs/few_labels.yaml name=scratch train.init_from=null          # the same without the first
+dltrain run jobs/few_labels.yaml name=scratch train.init_from=null train.freeze=[]      # the same without the first
 dltrain predict few-labels scans/*.png --out drawn
 """
 
@@ -103,7 +103,8 @@ def figures(bench: Bench) -> list[Figure]:
     """The mean of several draws of labels, with and without the scans that have none."""
     bench.run(spec="few_labels_pretrain")
     data = [f"data.train={bench.data}/labels-{draw}" for draw in range(DRAWS)]
-    first = [bench.run(where, "train.init_from=null", name=f"scratch-{i}") for i, where in enumerate(data)]
+    alone = ("train.init_from=null", "train.freeze=[]")
+    first = [bench.run(where, *alone, name=f"scratch-{i}") for i, where in enumerate(data)]
     then = [bench.run(where, name=f"few-labels-{i}") for i, where in enumerate(data)]
     scratch, found = _accuracy(first), _accuracy(then)
     return [Figure("accuracy with 5 % of the labels", found, target=scratch + 0.1, baseline=scratch)]

@@ -28,8 +28,8 @@ def groups(images: npt.NDArray[np.float32], count: int, neighbours: int = 5) -> 
 
     unit = images / np.linalg.norm(images, axis=1, keepdims=True).clip(1e-9)
     graph = kneighbors_graph(unit, neighbours)
-    # Either one's neighbour is the other's.
-    joined = graph.maximum(graph.T)
+    # Either one's neighbour is the other's; and all are joined a little, so that the graph is in one piece.
+    joined = graph.maximum(graph.T).toarray() + 1e-3
     found = SpectralClustering(count, affinity="precomputed", random_state=0).fit_predict(joined)
     return np.asarray(found, np.int64)
 

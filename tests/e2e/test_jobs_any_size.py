@@ -39,6 +39,7 @@ class Small:
 
 SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
+    "few_labels": Small(args={"width": 8}),
     # The last digits of a score decide which of two notes is chosen.
     "gan_music": Small(data={"train": 320, "test": 64}, args={"width": 16}, evaluation=5e-2),
     "finetune_hf": Small(data={"rows": 800}),
