@@ -14,6 +14,7 @@ from dltrain.errors import UserError
 from jobs.common import summaries, vocabulary
 from jobs.common.data import write_splits
 from jobs.common.docstrings import Docstring
+from jobs.common.repeats import banned, write_once
 from jobs.common.rouge import rouge_l
 from jobs.common.summaries import Summary, lead, plain, summary_splits
 from jobs.summarize_transformer import BEGIN, END, SPECIAL, SummarizeTransformer, baselines
@@ -142,3 +143,25 @@ def test_text_is_read_and_summarized(task: SummarizeTransformer) -> None:
     with torch.no_grad():
         said = task.predict(task.build().eval(), batch(task, [{**ROWS[0], "summary": ""}]))
     assert isinstance(said[0], str)
+
+
+def test_no_run_comes_again() -> None:
+    assert banned([5, 6, 7, 5, 6]) == {7}
+    assert banned([5, 6, 7, 6, 5]) == set()
+    assert banned([5]) == set()
+    assert banned([5, 6, 5], run=2) == {6}
+
+
+def test_what_repeats_is_not_written() -> None:
+    """A network that always says 1, 2, 3, 1, 2, 3, ... and as a second choice 4 and then the end, 0."""
+
+    def model(source: torch.Tensor, token: torch.Tensor, cache: dict[str, int]) -> torch.Tensor:
+        place = cache["place"] = cache.get("place", -1) + 1
+        scores = torch.zeros(len(source), 1, 5)
+        scores[..., 0 if place > 5 else 4] = 1.0
+        scores[..., place % 3 + 1] = 2.0 if place < 6 else 0.0
+        return scores
+
+    begin = torch.zeros(2, dtype=torch.long)
+    said = write_once(model, torch.ones(2, 3, dtype=torch.long), begin, end=0, most=9)
+    assert said == [[1, 2, 3, 1, 2, 4]] * 2
