@@ -39,6 +39,7 @@ class Small:
 
 SMALL = {
     "chat_transformer": Small(data={"dialogues": 800}, args={"width": 32}),
+    "few_labels": Small(args={"width": 8}),
     # A judge that has learned nothing is the same judge at any number of workers.
     "gan_image": Small(data={"epochs": 0}, args={"width": 8}),
     "gan_video": Small(data={"train": 320, "test": 64, "epochs": 0}, args={"width": 2}),
@@ -54,6 +55,7 @@ SMALL = {
     "speech_rnn": Small(data={"train": 128, "test": 32}, args={"width": 32, "dropout": 0.0}),
     "video_cnn": Small(data={"train": 320, "test": 64}, args={"width": 8, "stages": 2}, tolerance=0.0),
     "translate_transformer": Small(data={"phrases": 960}, args={"width": 32}),
+    "summarize_transformer": Small(data={"most": 20}, args={"width": 32, "dropout": 0.0}),
 }
 
 
