@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from dltrain import Artifact
 
-__all__ = ["boxed", "draw_sheet", "labelled", "tiles"]
+__all__ = ["boxed", "draw_sheet", "labelled", "named", "tiles"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ def test_it_learns_what_is_where(tmp_path: Path, ray_address: str) -> None:
     make_data(str(tmp_path), 320, 64)
     spec = str(harness.ROOT / "jobs" / "object_detection.yaml")
     where = [f"data.train={tmp_path / 'train'}", f"data.eval={tmp_path / 'test'}", f"runs={tmp_path / 'runs'}"]
-    small = ["args={width: 16, blocks: 1}", "train.epochs=8", "train.eval_every=80", "optim.lr=6e-3", "metrics.port=0"]
+    small = ["args={width: 16, blocks: 1}", "train.epochs=5", "train.eval_every=50", "optim.lr=6e-3", "metrics.port=0"]
     env = {"PYTHONPATH": str(harness.ROOT), "DLTRAIN_RUNS": str(tmp_path / "runs")}
     done = harness.dltrain("run", spec, *where, *small, "--json", "--address", ray_address, env=env)
     assert done.code == 0, done.err
