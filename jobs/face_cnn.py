@@ -24,6 +24,7 @@ from jobs.common.augment import contrast, varied
 from jobs.common.data import main, write_splits
 from jobs.common.faces import FACE
 from jobs.common.figures import Goal
+from jobs.common.layers import GroupResidual
 from jobs.common.people import EMOTIONS, PEOPLE, face_splits
 
 GOALS = (
@@ -31,20 +32,6 @@ GOALS = (
     Goal("emotions recognised, unseen poses and light", "emotion", 0.95),
 )
 GROUPS = 8
-
-
-class Residual(nn.Module):
-    """Two convolutions beside an identity; a row's normalization does not depend on the others of its batch."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, width), nn.GroupNorm(GROUPS, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: (rows, width, side, side)
-        return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
 
 
 class TwoHeads(nn.Module):
@@ -57,7 +44,7 @@ class TwoHeads(nn.Module):
             if stage:
                 layers.append(nn.Conv2d(width, 2 * width, 2, 2))
                 width *= 2
-            layers += [Residual(width) for _ in range(blocks)]
+            layers += [GroupResidual(width) for _ in range(blocks)]
         # What is where matters, such as corners of a mouth: a place has its own weights.
         last = [nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()]
         self.seen = nn.Sequential(*layers, *last)

@@ -24,24 +24,12 @@ from jobs.common.alike import groups, warped
 from jobs.common.data import main, write_splits
 from jobs.common.digits import LEVELS, digit_splits
 from jobs.common.figures import Bench, Figure
+from jobs.common.layers import GroupResidual
 from jobs.image_cnn import ImageCnn
 
 DIGITS, SHARE, DRAWS = 10, 0.05, 3
-
-
-class Residual(nn.Module):
-    """Two convolutions beside an identity; each row is normalized by itself, so that a batch may be small."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: (rows, width, side, side)
-        y = self.conv1(F.relu(self.norm1(x)))
-        return x + self.conv2(F.relu(self.norm2(y)))
+# Of channels; a row is normalized by itself, so that a batch may be small.
+GROUPS = 4
 
 
 class FewLabels(ImageCnn):
@@ -59,9 +47,9 @@ class FewLabels(ImageCnn):
 
     def build(self) -> nn.Module:
         width = self.width
-        first = [nn.Conv2d(1, width, 3, padding=1, bias=False), Residual(width)]
-        second = [nn.Conv2d(width, 2 * width, 2, stride=2, bias=False), Residual(2 * width)]
-        third = [nn.GroupNorm(4, 2 * width), nn.ReLU(), nn.Conv2d(2 * width, 4 * width, 2, stride=2), nn.ReLU()]
+        first = [nn.Conv2d(1, width, 3, padding=1, bias=False), GroupResidual(width, GROUPS)]
+        second = [nn.Conv2d(width, 2 * width, 2, stride=2, bias=False), GroupResidual(2 * width, GROUPS)]
+        third = [nn.GroupNorm(GROUPS, 2 * width), nn.ReLU(), nn.Conv2d(2 * width, 4 * width, 2, stride=2), nn.ReLU()]
         body = nn.Sequential(*first, *second, *third, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         # The last layer is named by what it says, so that it is not taken over where something else is said.
         return nn.Sequential(body, nn.Linear(4 * width, self.classes))

@@ -23,6 +23,8 @@ from jobs.common.data import main, write_splits
 from jobs.common.digits import LEVELS, SIDE, digit_splits
 from jobs.common.figures import Goal
 from jobs.common.frechet import frechet, moments
+from jobs.common.layers import PixelNorm
+from jobs.common.slopes import r1
 from jobs.image_cnn import ImageCnn
 
 GOALS = (
@@ -36,19 +38,12 @@ EACH = 2
 PRESENT, SURE = 0.02, 0.9
 
 
-class Norm(nn.Module):
-    """Normalises each pixel's channels (Karras et al., 2018): no row depends on the others of its batch."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-
-
 def generator(width: int) -> nn.Module:
     """(rows, NOISE) -> (rows, 1, SIDE, SIDE) in [0, 1] (Radford et al., 2016)."""
-    layers: list[nn.Module] = [nn.Linear(NOISE, 16 * width), nn.Unflatten(1, (4 * width, 2, 2)), Norm(), nn.ReLU()]
+    layers: list[nn.Module] = [nn.Linear(NOISE, 16 * width), nn.Unflatten(1, (4 * width, 2, 2)), PixelNorm(), nn.ReLU()]
     for factor in (4, 2):
         deeper = nn.ConvTranspose2d(factor * width, factor // 2 * width, 4, stride=2, padding=1)
-        layers += [deeper, Norm(), nn.ReLU()]
+        layers += [deeper, PixelNorm(), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, 1, 3, padding=1), nn.Sigmoid())
 
 
@@ -91,11 +86,8 @@ class GanImage(Task):
             return {"generator": F.softplus(-d(g(batch.noise[:, 0]))).mean()}
         with torch.no_grad():
             made = g(batch.noise[:, 0])
-        real = batch.real.detach().requires_grad_()
-        said = d(real)
-        loss = (F.softplus(-said) + F.softplus(d(made))).mean()
-        (slope,) = torch.autograd.grad(said.sum(), real, create_graph=True)
-        return {"discriminator": loss + self.penalty / 2 * slope.square().sum((1, 2, 3)).mean()}
+        loss = (F.softplus(-d(batch.real)) + F.softplus(d(made))).mean()
+        return {"discriminator": loss + self.penalty / 2 * r1(d, batch.real, len(made))}
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
         made, chances = judge.judged(self.judge, model["generator"](batch.noise.flatten(0, 1)))

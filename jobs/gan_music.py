@@ -23,6 +23,7 @@ from dltrain import Artifact, Batch, Keys, Sum, Task
 from jobs.common.data import main, write_splits
 from jobs.common.figures import Goal
 from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES, chorale, chord_statistics
+from jobs.common.slopes import r1
 from jobs.common.voices import NOISE, Discriminator, Generator
 
 # Distances from the real pieces' statistics, as parts of what notes at random have.
@@ -62,9 +63,8 @@ class GanMusic(Task):
         with torch.no_grad():
             made = g(batch.noise, batch.dice)
         loss = (F.softplus(-d(batch.real)) + F.softplus(d(made))).mean()
-        chosen = batch.real[batch.chosen].requires_grad_()
-        (slope,) = torch.autograd.grad(d(chosen).sum(), chosen, create_graph=True)
-        return {"discriminator": loss + self.penalty / 2 * PENALISED * slope.square().sum() / len(made)}
+        slopes = r1(d, batch.real[batch.chosen], len(made), PENALISED)
+        return {"discriminator": loss + self.penalty / 2 * slopes}
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Sum]:
         halves = batch.pieces[::2], batch.pieces[1::2]

@@ -20,9 +20,8 @@ from dltrain.errors import UserError
 from jobs.common import vocabulary
 from jobs.common.data import main, read_column, write_splits
 from jobs.common.figures import Bench, Figure
-from jobs.common.repeats import write_once
 from jobs.common.rouge import rouge_l
-from jobs.common.seq2seq import Seq2Seq, token_losses
+from jobs.common.seq2seq import Seq2Seq, token_losses, write
 from jobs.common.summaries import Summary, lead, plain, summary_splits
 
 SPECIAL = ("<pad>", "<end>", "<begin>")
@@ -88,7 +87,7 @@ class SummarizeTransformer(Task):
 
     def _said(self, model: Any, batch: Batch) -> list[str]:
         begin = torch.full_like(batch.source[:, 0], BEGIN)
-        ids = write_once(model, batch.source, begin, END, self.longest, run=2)
+        ids = write(model, batch.source, begin, END, self.longest, run=2)
         return [str(self.vocabulary.decode(one)).strip() for one in ids]
 
     def _nats(self, model: Any, batch: Batch) -> torch.Tensor:

@@ -6,17 +6,11 @@ import torch
 from torch import nn
 
 from jobs.common.clips import ACTIONS, FRAMES, SIZE
+from jobs.common.layers import PixelNorm
 
 __all__ = ["NOISE", "ClipDiscriminator", "ClipGenerator"]
 
 NOISE, MOTION = 64, 16
-
-
-class Norm(nn.Module):
-    """Normalises each pixel's channels (Karras et al., 2018): no row depends on the others of its batch."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 class ClipGenerator(nn.Module):
@@ -28,10 +22,10 @@ class ClipGenerator(nn.Module):
         moves = [nn.Linear(2 * NOISE, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2)]
         self.moves = nn.Sequential(*moves, nn.Linear(128, FRAMES * MOTION))
         self.first = nn.Linear(NOISE + MOTION, 8 * width * (SIZE // 8) ** 2)
-        layers: list[nn.Module] = [nn.Unflatten(1, (8 * width, SIZE // 8, SIZE // 8)), Norm(), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Unflatten(1, (8 * width, SIZE // 8, SIZE // 8)), PixelNorm(), nn.ReLU()]
         for factor in (8, 4):
             deeper = nn.ConvTranspose2d(factor * width, factor // 2 * width, 4, stride=2, padding=1)
-            layers += [deeper, Norm(), nn.ReLU()]
+            layers += [deeper, PixelNorm(), nn.ReLU()]
         self.frames = nn.Sequential(*layers, nn.ConvTranspose2d(2 * width, 1, 4, stride=2, padding=1), nn.Sigmoid())
 
     def forward(self, noise: torch.Tensor, action: torch.Tensor) -> torch.Tensor:

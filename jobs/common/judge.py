@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dltrain import Keys, Task
+from jobs.common.progress import watched
 
 __all__ = ["FILE", "judged", "load", "save", "train"]
 
@@ -35,7 +36,7 @@ def train(task: Task, rows: pa.Table, epochs: int, batch: int = 32, rate: float 
     # The schedule is none for fewer.
     steps = max(20, epochs * (len(rows) // batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for epoch in range(epochs):
+    for epoch in watched(range(epochs), "training the judge"):
         order = rng.permutation(len(rows))
         for start in range(0, len(rows) - batch + 1, batch):
             ids = order[start : start + batch]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.common.faces import FACE, draw_faces
+from jobs.common.progress import watched
 
 __all__ = ["EMOTIONS", "LIGHTS", "MIMICS", "PEOPLE", "POSES", "face_splits", "look_of"]
 
@@ -84,7 +85,7 @@ def face_splits(train: int, test: int, noise: float = 0.02) -> dict[str, pa.Tabl
         pose, light = np.radians([yaw, pitch]).T, np.stack([*np.radians([azimuth, elevation]), power], 1)
         ground, clothes = rng.uniform(0.1, 0.9, (2, count, 3)).astype(np.float32)
         levels = []
-        for rows in np.array_split(np.arange(count), -(-count // 128)):
+        for rows in watched(np.array_split(np.arange(count), -(-count // 128)), "drawing faces"):
             chosen = (one[rows] for one in (mimics, pose, light, ground, clothes))
             faces = draw_faces([looks[i] for i in who[rows]], *chosen) + rng.normal(
                 0, noise, (len(rows), FACE, FACE, 3)

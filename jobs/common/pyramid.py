@@ -14,25 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jobs.common.layers import GroupResidual
+
 __all__ = ["STRIDE", "Pyramid", "peaks", "targets"]
 
 STRIDE, GROUPS = 4, 8
 # What a cell's chance of being a centre is to begin with (Lin et al., Focal Loss, 2017).
 PRIOR = 0.01
-
-
-class Residual(nn.Module):
-    """Two convolutions beside an identity."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, width), nn.GroupNorm(GROUPS, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: (rows, width, cells, cells)
-        return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
 
 
 class Pyramid(nn.Module):
@@ -41,11 +29,13 @@ class Pyramid(nn.Module):
     def __init__(self, width: int, blocks: int, num_kinds: int) -> None:
         super().__init__()
         fine, wide = 2 * width, 4 * width
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 4, 2, padding=1), Residual(width), nn.Conv2d(width, fine, 2, 2))
-        self.middle = nn.Sequential(*(Residual(fine) for _ in range(blocks)))
-        coarse = [Residual(wide) for _ in range(blocks)]
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 4, 2, padding=1), GroupResidual(width), nn.Conv2d(width, fine, 2, 2)
+        )
+        self.middle = nn.Sequential(*(GroupResidual(fine) for _ in range(blocks)))
+        coarse = [GroupResidual(wide) for _ in range(blocks)]
         self.coarse = nn.Sequential(nn.Conv2d(fine, wide, 2, 2), *coarse, nn.ConvTranspose2d(wide, fine, 2, 2))
-        self.join = nn.Sequential(Residual(fine), nn.GroupNorm(GROUPS, fine), nn.ReLU())
+        self.join = nn.Sequential(GroupResidual(fine), nn.GroupNorm(GROUPS, fine), nn.ReLU())
         self.head = nn.Conv2d(fine, num_kinds + 4, 1)
         nn.init.constant_(self.head.bias[:num_kinds], -math.log(1 / PRIOR - 1))
 

@@ -10,14 +10,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from jobs.common.digits import LEVELS, SIDE, digit_splits
+from jobs.common.progress import watched
+
 __all__ = ["DIGITS", "KINDS", "SCENE", "scene_splits", "stamp"]
 
 F32 = npt.NDArray[np.float32]
-DIGITS = 10
+DIGITS, SCENE = 10, 64
 KINDS = (*map(str, range(DIGITS)), "circle", "square", "triangle")
 # By kind of shape, corners on a circle; the circle itself has none.
 CORNERS = (0, 4, 3)
-SCENE = 64
 # Things of a scene; pixels across; the largest lean of a digit in degrees.
 COUNTS, SIZES, LEAN = (2, 6), (14, 26), 12.0
 # What is fainter than this is not in a box; how much of a box others may cover.
@@ -56,8 +58,8 @@ def place(height: int, width: int, others: list[list[int]], rng: np.random.Gener
 
 def covered(a: list[int], b: list[int]) -> float:
     """What two boxes share, of the smaller one."""
-    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return max(0, wide) * max(0, high) / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    wide, high = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return wide * high / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
 
 
 def scene(digits: F32, labels: npt.NDArray[np.uint8], rng: np.random.Generator, noise: float) -> dict[str, object]:
@@ -86,8 +88,6 @@ def scene_splits(train: int, test: int, noise: float = 0.04) -> dict[str, pa.Tab
 
     Columns are `image` (bytes), and lists: `boxes`, `kinds` (of KINDS) and `scans` (of the split's; -1 for shapes).
     """
-    from jobs.common.digits import LEVELS, SIDE, digit_splits
-
     lists = {"boxes": pa.list_(pa.float32(), 4), "kinds": pa.uint8(), "scans": pa.int16()}
     schema = pa.schema({"image": pa.binary(SCENE * SCENE), **{name: pa.list_(kind) for name, kind in lists.items()}})
     splits, scans = {}, digit_splits()
@@ -95,6 +95,6 @@ def scene_splits(train: int, test: int, noise: float = 0.04) -> dict[str, pa.Tab
         pixels = np.stack([np.frombuffer(one, np.uint8) for one in scans[name]["image"].to_pylist()])
         digits = pixels.reshape(-1, SIDE, SIDE).astype(np.float32) / np.float32(LEVELS)
         rng, labels = np.random.default_rng(seed), scans[name]["label"].to_numpy()
-        rows = [scene(digits, labels, rng, noise) for _ in range(count)]
+        rows = [scene(digits, labels, rng, noise) for _ in watched(range(count), "drawing scenes")]
         splits[name] = pa.Table.from_pylist(rows, schema)
     return splits

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.common.attention import Block
+from jobs.common.repeats import banned
 
 __all__ = ["PAD", "Seq2Seq", "token_losses", "write"]
 
@@ -79,18 +80,21 @@ def token_losses(chances: torch.Tensor, target: torch.Tensor, smoothing: float =
     return -(((1 - smoothing) * right + smoothing * chances.mean(-1)) * there).sum()
 
 
-def write(model: Any, source: torch.Tensor, begin: torch.Tensor, end: int, most: int) -> list[list[int]]:
+def write(model: Any, source: torch.Tensor, begin: torch.Tensor, end: int, most: int, run: int = 0) -> list[list[int]]:
     """Of each source a text, the likeliest piece after each, to its end or `most` pieces.
 
     Args:
         source: (rows, length); begin: (rows,), what each text begins with.
+        run: so many pieces in a row come but once in a text; 0: they may come again.
     """
-    cache: dict[Any, Any] = {}
-    token, said = begin[:, None], []
-    for _ in range(most):
-        token = model(source, token, cache=cache)[:, -1:].argmax(-1)
-        said.append(token)
-        if bool((torch.cat(said, 1) == end).any(1).all()):
-            break
-    rows = torch.cat(said, 1).tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    cache, token = dict[Any, Any](), begin[:, None]
+    rows: list[list[int]] = [[] for _ in range(len(source))]
+    while rows and len(rows[0]) < most and not all(end in said for said in rows):
+        chances = model(source, token, cache=cache)[:, -1]
+        if run:
+            for row, said in zip(chances, rows, strict=True):
+                row[sorted(banned(said, run))] = float("-inf")
+        token = chances.argmax(-1, keepdim=True)
+        for said, piece in zip(rows, token[:, 0].tolist(), strict=True):
+            said.append(piece)
+    return [said[: said.index(end)] if end in said else said for said in rows]

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from jobs.common.docstrings import Docstring, docstrings, site_packages, standard_library
+from jobs.common.progress import watched
 from jobs.common.prose import held_out, paragraphs
 
 __all__ = ["Summary", "lead", "plain", "summaries", "summary_splits"]
@@ -69,7 +70,7 @@ def summary_splits(one_in: int = 8, most: int = 1200, most_held_out: int = 40) -
         most, most_held_out: of a package, so that no large one is all there is.
     """
     everything = list(summaries(docstrings(standard_library())))
-    for name in PACKAGES:
+    for name in watched(PACKAGES, "reading packages"):
         found_there = islice(summaries(docstrings(site_packages() / name)), most)
         everything += [one._replace(package=name) for one in found_there]
     found: dict[str, list[Summary]] = {"train": [], "eval": []}

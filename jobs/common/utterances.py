@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
 
 import numpy as np
 import pyarrow as pa
 
 from jobs.common.phrases import phrase
+from jobs.common.progress import watched
 from jobs.common.speech import RATE, Speaker, noisy, voice_families
 
 __all__ = ["spoken_splits", "voices"]
@@ -31,19 +31,12 @@ def voices() -> dict[str, list[str]]:
 
 def spoken_splits(train: int, test: int) -> dict[str, pa.Table]:
     """So many rows of each, with columns `audio`, `text` and `voice`; the voices take turns."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    speaker = Speaker()
-    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
-        bar = progress.add_task("speaking", total=train + test)
-        splits = {}
-        for seed, (name, count) in enumerate({"train": train, "test": test}.items()):
-            rng, rows = np.random.default_rng(seed), []
-            for i in range(count):
-                rows.append(_row(speaker, voices()[name][i % len(voices()[name])], rng))
-                progress.advance(bar)
-            splits[name] = pa.Table.from_pylist(rows)
+    speaker, splits = Speaker(), {}
+    for seed, (name, count) in enumerate({"train": train, "test": test}.items()):
+        rng, speakers = np.random.default_rng(seed), voices()[name]
+        turns = watched(range(count), f"speaking for the {name} data")
+        rows = [_row(speaker, speakers[i % len(speakers)], rng) for i in turns]
+        splits[name] = pa.Table.from_pylist(rows)
     return splits
 
 

@@ -58,8 +58,7 @@ class Generator(nn.Module):
         notes: list[torch.Tensor] = []
         for i, (voice, head) in enumerate(zip(self.voices, self.heads, strict=True)):
             y = x + self.below[i - 1](torch.cat(notes, -1)) if notes else x
-            logits = head(y + F.leaky_relu(voice(y), 0.2)).float()
-            logits = logits if dice is None else logits + dice[:, :, i]
+            logits = head(y + F.leaky_relu(voice(y), 0.2)).float() + (0.0 if dice is None else dice[:, :, i])
             chances = logits.softmax(-1)
             notes.append(F.one_hot(logits.argmax(-1), SPAN) + chances - chances.detach())
         return torch.stack(notes, 2)

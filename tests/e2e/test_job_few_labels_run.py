@@ -23,8 +23,8 @@ def test_it_learns_without_labels_and_then_with_few(tmp_path: Path, ray_address:
         spec = str(harness.ROOT / "jobs" / f"{name}.yaml")
         done = harness.dltrain("run", spec, *more, *small, "--json", "--address", ray_address, env=env)
         assert done.code == 0, done.err
-    # By chance one of ten.
-    assert done.json["eval"]["accuracy"] > 0.5
+    # By chance one of ten; a frozen body that has seen nothing gets to 0.43.
+    assert done.json["eval"]["accuracy"] > 0.55
     image = pq.read_table(tmp_path / "test")["image"][0].as_py()
     grey = np.frombuffer(image, np.uint8).reshape(SIDE, SIDE) / np.float32(LEVELS)
     (tmp_path / "scan.png").write_bytes(Artifact.image(grey).data)

@@ -14,8 +14,9 @@ from dltrain.errors import UserError
 from jobs.common import summaries, vocabulary
 from jobs.common.data import write_splits
 from jobs.common.docstrings import Docstring
-from jobs.common.repeats import banned, write_once
+from jobs.common.repeats import banned
 from jobs.common.rouge import rouge_l
+from jobs.common.seq2seq import write
 from jobs.common.summaries import Summary, lead, plain, summary_splits
 from jobs.summarize_transformer import BEGIN, END, SPECIAL, SummarizeTransformer, baselines
 
@@ -146,9 +147,9 @@ def test_text_is_read_and_summarized(task: SummarizeTransformer) -> None:
 
 
 def test_no_run_comes_again() -> None:
-    assert banned([5, 6, 7, 5, 6]) == {7}
-    assert banned([5, 6, 7, 6, 5]) == set()
-    assert banned([5]) == set()
+    assert banned([5, 6, 7, 5, 6], run=3) == {7}
+    assert banned([5, 6, 7, 6, 5], run=3) == set()
+    assert banned([5], run=3) == set()
     assert banned([5, 6, 5], run=2) == {6}
 
 
@@ -163,5 +164,6 @@ def test_what_repeats_is_not_written() -> None:
         return scores
 
     begin = torch.zeros(2, dtype=torch.long)
-    said = write_once(model, torch.ones(2, 3, dtype=torch.long), begin, end=0, most=9)
-    assert said == [[1, 2, 3, 1, 2, 4]] * 2
+    source = torch.ones(2, 3, dtype=torch.long)
+    assert write(model, source, begin, end=0, most=9, run=3) == [[1, 2, 3, 1, 2, 4]] * 2
+    assert write(model, source, begin, end=0, most=9) == [[1, 2, 3, 1, 2, 3]] * 2
