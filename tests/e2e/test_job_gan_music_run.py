@@ -14,7 +14,7 @@ def test_it_begins_to_make_music(tmp_path: Path, ray_address: str) -> None:
     make_data(str(tmp_path), 512, 128)
     spec = str(harness.ROOT / "jobs" / "gan_music.yaml")
     where = [f"data.train={tmp_path / 'train'}", f"data.eval={tmp_path / 'test'}", f"runs={tmp_path / 'runs'}"]
-    small = ["args={width: 48, penalty: 1.0}", "train.steps=300", "train.eval_every=300", "train.ema=0.9"]
+    small = ["args={width: 48, penalty: 1.0}", "train.steps=160", "train.eval_every=160", "train.ema=0.9"]
     rates = ["optim.schedule=constant", "optim.lr=2e-3", "optim.networks.discriminator.lr=4e-3", "metrics.port=0"]
     env = {"PYTHONPATH": str(harness.ROOT), "DLTRAIN_RUNS": str(tmp_path / "runs")}
     done = harness.dltrain("run", spec, *where, *small, *rates, "--json", "--address", ray_address, env=env)
