@@ -108,7 +108,7 @@ class GanVideo(Task):
 
 
 def _classifier() -> VideoCnn:
-    return VideoCnn(width=8, stages=3)
+    return VideoCnn(width=8, stages=3, faces=False)
 
 
 def _strips(clips: torch.Tensor) -> Any:

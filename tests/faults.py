@@ -19,12 +19,19 @@ __all__ = ["Line", "Recovery", "StepTail", "agent_of", "driver_of", "journal", "
 
 
 def agent_of(worker: int) -> int:
-    """The Ray actor above a worker, however many processes lie between."""
-    for process in psutil.Process(worker).parents():
-        # Ray writes an actor's class where its command line was.
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Agent"):
-            return process.pid
-    raise AssertionError(f"no agent above the worker {worker}")
+    """The agent of a worker, by the name of the nursery that it comes from.
+
+    Raises:
+        ProcessLookupError: the worker, or its nursery, is no more.
+    """
+    try:
+        parent = psutil.Process(worker).parent()
+        kind, _, agent = parent.name().partition(" ") if parent else ("", "", "")
+    except psutil.NoSuchProcess as error:
+        raise ProcessLookupError(str(error)) from None
+    if kind != "nursery":
+        raise ProcessLookupError(f"the worker {worker} comes from {parent}")
+    return int(agent)
 
 
 def driver_of(state: dict[str, Any]) -> int:

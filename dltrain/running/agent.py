@@ -81,7 +81,10 @@ class Agent:
         self._lives = threading.Lock()
         self._heard, self._lease = time.monotonic(), float("inf")
         self._leaving = False
-        self._nursery = make_nursery(device, num_threads)
+        import ray
+
+        driver = ray.get_runtime_context()
+        self._nursery = make_nursery(device, num_threads, f"{driver.gcs_address} {driver.get_job_id()}")
         self._holdings = Holdings()
         self._others: Mapping[str, Any] = {}
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="dltrain-upload")

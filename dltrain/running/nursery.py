@@ -1,12 +1,12 @@
 """The nursery: where an agent's workers come from, with all that is slow done before they are needed.
 
-nursery = make_nursery("cpu", num_threads=1)
+nursery = make_nursery("cpu", num_threads=1, family="what agents of one driver have in common")
 child = nursery.take(theirs, stdout, stderr)      # a worker that waits for its job on the connection `theirs`
 child.pid; child.wait()
 
-On CPUs one process imports everything and is forked for each worker: a standby that costs neither memory nor a second
-import. A process that has seen a GPU must not be forked, so there each worker is a fresh interpreter, and the next one
-is kept waiting.
+On CPUs one process of a machine imports everything (`zygote`). It is forked for each agent, and what comes of that for
+each worker: a standby that costs neither memory nor a second import. A process that has seen a GPU must not be forked,
+so there each worker is a fresh interpreter, and the next one is kept waiting.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["MEMORY", "Child", "Nursery", "make_nursery"]
+from dltrain.running.zygote import plant
+
+__all__ = ["MEMORY", "Child", "Nursery", "make_nursery", "prepare", "serve"]
 
 # Memory that was freed is used again instead of being given back: a page's first touch costs more than a copy of
 # what is in it, and a step frees as much as it takes.
@@ -40,6 +42,8 @@ MEMORY = {
 }
 
 
+# How long a nursery is waited for that has to end.
+_END_SECONDS = 1.0
 # Arrow's allocator is forked with its locks in order, and makes this thread anew.
 _FORK_SAFE = ("jemalloc_bg_thd",)
 
@@ -68,10 +72,10 @@ class Nursery(Protocol):
         """Ends what is kept ready; children end with it."""
 
 
-def make_nursery(device: str, num_threads: int) -> Nursery:
-    """The nursery for a kind of device."""
+def make_nursery(device: str, num_threads: int, family: str) -> Nursery:
+    """The nursery for a kind of device; those of a family on a machine share what they import."""
     environment = _environment(device, num_threads)
-    return FreshProcesses(environment) if device == "cuda" else ForkServer(environment)
+    return FreshProcesses(environment) if device == "cuda" else ForkServer(environment, family)
 
 
 def _environment(device: str, num_threads: int) -> dict[str, str]:
@@ -191,21 +195,20 @@ class _Forked:
 class ForkServer:
     """One process with everything imported, forked for each worker."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment, self._thread = environment, _Thread()
+    def __init__(self, environment: dict[str, str], family: str) -> None:
+        self._environment, self._family, self._thread = environment, family, _Thread()
         self._lock = threading.Lock()
         self._begin()
 
     def _begin(self) -> None:
         self._control, theirs = socket.socketpair()
-        arguments = ["dltrain.running.nursery", str(theirs.fileno()), str(os.getpid())]
-        # What it says while importing is nobody's output.
-        self._process = self._thread.call(lambda: _popen(arguments, [theirs.fileno()], self._environment))
-        theirs.close()
+        with theirs:
+            self._link = self._thread.call(lambda: plant(theirs, self._environment, self._family, _popen))
         self._children: dict[int, _Forked] = {}
         self._born: queue.SimpleQueue[_Forked | None] = queue.SimpleQueue()
         state = self._control, self._children, self._born
-        threading.Thread(target=self._listen, args=state, name="dltrain-nursery", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=state, name="dltrain-nursery", daemon=True)
+        self._listener.start()
 
     def take(self, connection: Connection, stdout: int, stderr: int) -> Child:
         with self._lock:
@@ -216,9 +219,9 @@ class ForkServer:
                     if child is not None:
                         return child
                 # It died, and all its children with it.
-                self._process.wait()
+                self._end()
                 self._begin()
-        raise RuntimeError(f"the fork server ended twice, with exit code {self._process.returncode}")
+        raise RuntimeError("the fork server ended twice; its log is that of the machine's first agent")
 
     def _listen(
         self, control: socket.socket, children: dict[int, _Forked], born: queue.SimpleQueue[_Forked | None]
@@ -239,21 +242,37 @@ class ForkServer:
         born.put(None)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._end()
+
+    def _end(self) -> None:
+        # It ends when nobody is left to serve, and its children with it.
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        self._listener.join(_END_SECONDS)
+        # One that was to be begun while others still import finds this closed.
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._listener.join()
         self._control.close()
+        self._link.close()
 
 
 # ---- in the fork server ----
 
 
-def _serve(control: socket.socket) -> None:
-    """Forks for each request, and tells of each child's end."""
+def prepare() -> None:
+    """What is done once for all that are forked."""
     from dltrain.running import worker
 
     worker.import_slow_things()
     gc.freeze()
     _check_single_threaded()
+
+
+def serve(control: socket.socket) -> None:
+    """Forks for each request, and tells of each child's end, until the other end of `control` is closed."""
+    from dltrain.running import worker
+
     wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -297,18 +316,3 @@ def _reap(connection: Connection) -> None:
             if not pid:
                 return
             connection.send_bytes(pickle.dumps(("exited", pid, os.waitstatus_to_exitcode(status))))
-
-
-def _main(fd: int, parent: int) -> None:
-    from dltrain.running.worker import die_with
-
-    die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()
-    with contextlib.suppress(KeyboardInterrupt):
-        _serve(socket.socket(fileno=fd))
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]))
-    os._exit(0)

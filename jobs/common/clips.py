@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-__all__ = ["ACTIONS", "FRAMES", "SIZE", "clip_splits", "clips", "frames_of", "moves"]
+__all__ = ["ACTIONS", "FRAMES", "SIZE", "bytes_of", "clip_splits", "clips", "frames_of", "moves"]
 
 F32 = npt.NDArray[np.float32]
 ACTIONS = ("left", "right", "up", "down", "grows", "shrinks", "turns left", "turns right")
@@ -69,15 +69,15 @@ def clip_splits(train: int, test: int, noise: float = 0.05) -> dict[str, pa.Tabl
         pixels = frames_of(scans["image"].take(pa.array(chosen)).to_pylist(), (SIDE, SIDE)) / np.float32(LEVELS)
         actions = np.arange(count) % len(ACTIONS)
         made = clips(pixels, moves(actions, rng)) + rng.normal(0, noise, (count, FRAMES, SIZE, SIZE))
-        levels = np.round(255 * made.clip(0, 1)).astype(np.uint8)
-        splits[name] = pa.table(
-            {
-                "clip": pa.array([one.tobytes() for one in levels], pa.binary(FRAMES * SIZE * SIZE)),
-                "action": pa.array(actions, pa.uint8()),
-                "digit": scans["label"].take(pa.array(chosen)),
-            }
-        )
+        digit = scans["label"].take(pa.array(chosen))
+        splits[name] = pa.table({"clip": bytes_of(made), "action": pa.array(actions, pa.uint8()), "digit": digit})
     return splits
+
+
+def bytes_of(made: F32) -> pa.Array:
+    """Clips (rows, FRAMES, SIZE, SIZE) in [0, 1] as bytes of grey levels, which `frames_of` reads."""
+    levels = np.round(255 * made.clip(0, 1)).astype(np.uint8)
+    return pa.array([one.tobytes() for one in levels], pa.binary(FRAMES * SIZE * SIZE))
 
 
 def frames_of(rows: Sequence[bytes], shape: tuple[int, ...]) -> F32:

@@ -13,6 +13,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from faults import agent_of
 from harness import alive, dltrain, events, make_spec, start, steps, wait_for, wait_for_step, write_data, write_spec
 from safetensors.torch import load_file
 
@@ -27,11 +28,6 @@ def weights(run: Path, name: Path) -> dict[str, torch.Tensor]:
 def parent_of(pid: int) -> int:
     text = Path(f"/proc/{pid}/stat").read_text()
     return int(text.rpartition(")")[2].split()[1])
-
-
-def agent_of(pid: int) -> int:
-    """A worker comes from its agent's fork server."""
-    return parent_of(parent_of(pid))
 
 
 def times_redone(run: Path) -> int:

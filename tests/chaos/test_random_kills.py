@@ -15,9 +15,10 @@ from typing import Any
 import harness
 import pytest
 import torch
+from faults import agent_of
 from harness import dltrain, events, make_spec, start, state, steps, wait_for, write_data, write_spec
 from safetensors.torch import load_file
-from test_kill import agent_of, times_redone, weights
+from test_kill import times_redone, weights
 
 STEPS = 30_000
 

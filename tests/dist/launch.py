@@ -2,7 +2,8 @@
 
     results = run_ranks(fn, 2, arg)  # fn(arg) on each of two ranks -> [rank 0's value, rank 1's value]
 
-`fn` is a module's top-level function. A launch costs seconds of imports, so put many checks into one.
+`fn` is a module's top-level function. Ranks are forked, as a run's workers are, from a process that has imported all
+that is slow (ready.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-
 import time
 import traceback
 import warnings
@@ -37,7 +37,8 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_second
     Raises:
         RankError: with the traceback of the rank that failed first.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ready"])
     call = pickle.dumps((fn, args))
     (port,) = free_ports(1)
     pipes, processes = [], []
@@ -92,8 +93,6 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
     }
 
 
@@ -116,10 +115,6 @@ def _call(call: bytes) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
     import torch
-
-    from dltrain.training import cpu_op
-
-    cpu_op.load()
 
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import harness
 import pytest
 import yaml
-from harness import ROOT, Done, events, finish, start, steps
+from harness import ROOT, Done, finish, start, steps
 
 pytestmark = pytest.mark.long
-STEPS, KILL_AT = 40, 5
+STEPS, KILL_AFTER = 16, 6
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml") if path.with_suffix(".py").exists())
 
 
@@ -29,7 +27,7 @@ class Small:
         tolerance: relative, of the losses at another number of workers: 0.0 where they need not be near each other,
             because batch normalization sees other batches. Dropout has other random numbers there, so it is 0.
         evaluation: relative, of the metrics at another number of workers.
-        lr: in place of the spec's, where at that rate a rounded digit grows a hundredfold in so few steps.
+        lr: in place of the spec's, where at that rate a rounded digit grows a hundredfold.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -65,20 +63,21 @@ SMALL = {
 class Job:
     """A job on little data of its own, for a few steps."""
 
+    name: str
     spec: dict[str, Any]
     small: Small
     home: Path
     address: str
 
-    def begin(self, run: str, **changes: Any) -> Any:
+    def begin(self, run: str, args: Mapping[str, Any] | None = None, **changes: Any) -> Any:
         old = "/".join(Path(self.spec["data"]["train"]).parts[:2])
         changed = yaml.safe_load(yaml.safe_dump(self.spec).replace(old, str(self.home / "data")))
         changed["train"] = {k: v for k, v in changed["train"].items() if k not in ("epochs", "init_from", "freeze")}
         changed["train"] |= {"steps": STEPS, "eval_every": STEPS}
+        changed["args"] = {**changed.get("args", {}), **self.small.args, **(args or {})}
         changed |= {"name": run, "runs": str(self.home / "runs"), "metrics": {"port": 0}, **changes}
         if self.small.lr:
             changed["optim"] = {**changed["optim"], "lr": self.small.lr}
-        changed["args"] = {**changed.get("args", {}), **self.small.args}
         path = self.home / f"{run}.yaml"
         path.write_text(yaml.safe_dump(changed))
         return start("run", str(path), "--json", "--address", self.address, cwd=ROOT)
@@ -88,7 +87,7 @@ class Job:
 def job(request: pytest.FixtureRequest, tmp_path: Path, ray_address: str) -> Job:
     name, small = request.param, SMALL.get(request.param, Small())
     assert importlib.import_module(f"jobs.{name}").make_data(str(tmp_path / "data"), **small.data)
-    return Job(yaml.safe_load((ROOT / "jobs" / f"{name}.yaml").read_text()), small, tmp_path, ray_address)
+    return Job(name, yaml.safe_load((ROOT / "jobs" / f"{name}.yaml").read_text()), small, tmp_path, ray_address)
 
 
 def ended(process: Any) -> Done:
@@ -97,22 +96,13 @@ def ended(process: Any) -> Done:
     return done
 
 
-def worker_at(run: Path, step: int, process: Any) -> int:
-    """Waits for a step, which may take but a few milliseconds, and returns the last rank's process."""
-    deadline = time.monotonic() + harness.SECONDS
-    while not (run / "steps.jsonl").exists() or len(steps(run)) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.003)
-    return next(event["pid"] for event in events(run) if event["event"] == "Ready" and event["rank"] == 1)
-
-
 def test_at_one_and_two_workers_and_after_a_kill(job: Job) -> None:
     runs, tolerance = job.home / "runs", job.small.tolerance
     two, one = ended(job.begin("two")), ended(job.begin("one", workers=1))
-    killed = job.begin("killed")
-    os.kill(worker_at(runs / "killed", KILL_AT, killed), signal.SIGKILL)
-    again = ended(killed)
+    file = job.home / "dying_job.py"
+    file.write_text(f'from tests.e2e.dying import dying\n\nDying = dying("{job.name}")\n')
+    dies = {"marker": str(job.home / "died"), "step": KILL_AFTER}
+    again = ended(job.begin("killed", dies, task=f"{file}:Dying"))
     assert again.json["restarts"] == 1
     # Bit for bit.
     assert again.json["eval"] == two.json["eval"]

@@ -1,4 +1,4 @@
-"""The clips of jobs.video_cnn: what moves in them and how, and files that are read."""
+"""The clips of jobs.video_cnn: what happens in them and how, and files that are read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dltrain import Artifact, Input, Keys
 from dltrain.errors import UserError
 from jobs.common.clips import ACTIONS, FRAMES, SIZE, clips, frames_of, moves
 from jobs.common.digits import digit_splits
+from jobs.common.mimicry import CHANGES, PEOPLE, face_clips, mimics_of
+from jobs.common.people import EMOTIONS, MIMICS
 from jobs.video_cnn import VideoCnn, make_data
 
 DISC = (np.hypot(*np.mgrid[-3.5:4, -3.5:4]) < 3).astype(np.float32)
@@ -67,15 +69,48 @@ def test_one_frame_tells_nothing() -> None:
     assert (np.ptp(means, axis=0) < 0.05).all()
 
 
-def test_the_handwriting_of_the_test_is_its_own(tmp_path: Path) -> None:
-    assert make_data(str(tmp_path), 24, 16) == {"train": 24, "test": 16}
+@pytest.mark.parametrize("way", [0, 1])
+def test_an_expression_comes_or_goes(way: int) -> None:
+    rng = np.random.default_rng(0)
+    still = MIMICS[EMOTIONS.index("neutral")]
+    for change, emotion in ((way, "happy"), (2 + way, "surprised"), (4 + way, "angry")):
+        shown = mimics_of(np.full(200, change), rng) - still
+        full = MIMICS[EMOTIONS.index(emotion)] - still
+        part = shown @ full / (full @ full)
+        assert np.allclose(shown, part[..., None] * full)
+        steps = np.diff(part, axis=1) * (-1 if way else 1)
+        assert (steps > -1e-9).all()
+        assert (steps.sum(1) > 0.6).all()
+        # In the middle of a clip no more is shown on the way up than on the way down.
+        assert 0.3 < part[:, FRAMES // 2 - 1 : FRAMES // 2 + 1].mean() < 0.9
+
+
+def test_faces_are_seen_and_so_is_what_changes() -> None:
+    smiles = np.zeros(12, np.int64)
+    made, people = face_clips("test", smiles, np.random.default_rng(0))
+    assert made.shape == (12, FRAMES, SIZE, SIZE)
+    assert 0 <= made.min() < made.max() <= 1
+    assert set(people) <= set(PEOPLE["test"])
+    # The mouth of another expression is where the difference is.
+    other, _ = face_clips("test", smiles + 3, np.random.default_rng(0))
+    differs = np.abs(made - other).mean((0, 1))
+    assert differs[SIZE // 2 : -4, 6:-6].mean() > 4 * differs[:, [0, -1]].mean()
+    assert not set(PEOPLE["test"]) & set(PEOPLE["train"])
+
+
+def test_the_handwriting_and_the_people_of_the_test_are_its_own(tmp_path: Path) -> None:
+    assert make_data(str(tmp_path), 42, 28) == {"train": 42, "test": 28}
     table = pq.read_table(tmp_path / "test")
-    assert sorted(table["action"].to_pylist()) == sorted(2 * list(range(len(ACTIONS))))
+    assert sorted(table["action"].to_pylist()) == sorted(2 * list(range(len(ACTIONS) + len(CHANGES))))
     assert len(table["clip"][0].as_py()) == FRAMES * SIZE * SIZE
     # No more of a digit than the scans of each split hold.
     scans = digit_splits()
-    assert set(table["digit"].to_pylist()) <= set(scans["test"]["label"].to_pylist())
+    assert set(table["digit"].drop_null().to_pylist()) <= set(scans["test"]["label"].to_pylist())
     assert not set(scans["train"]["image"].to_pylist()) >= set(scans["test"]["image"].to_pylist())
+    people = {name: set(pq.read_table(tmp_path / name)["person"].drop_null().to_pylist()) for name in PEOPLE}
+    assert people["train"]
+    assert people["test"]
+    assert not people["train"] & people["test"]
 
 
 def rows_of(clip: bytes) -> pa.RecordBatch:
