@@ -137,7 +137,7 @@ def test_below_the_minimum_it_waits_and_the_wait_is_no_loss_of_goodput(
 def test_a_machine_that_is_to_be_left_is_left_after_a_checkpoint(tmp_path: Path, ray_address: str) -> None:
     """All slots are on one machine here: the run saves, and waits for another."""
     write_data(tmp_path / "train")
-    spec = make_spec(tmp_path, args={"seconds": 0.1}, train={"steps": 40}, checkpoint={"every": 1000})
+    spec = make_spec(tmp_path, args={"seconds": 0.1}, train={"steps": 3000}, checkpoint={"every": 10_000})
     run = tmp_path / "runs" / "tiny"
     process = start("run", str(write_spec(tmp_path, spec)), "--json", "--address", ray_address)
     live = wait_for_step(run, 8, process)
@@ -151,10 +151,11 @@ def test_a_machine_that_is_to_be_left_is_left_after_a_checkpoint(tmp_path: Path,
     assert dltrain("checkpoint", "verify", str(run)).code == 0
     process.send_signal(signal.SIGTERM)
     assert harness.finish(process).code == 143
-    again = dltrain("run", str(tmp_path / "job.yaml"), "--json", "--address", ray_address)
+    total = saved + 10
+    again = dltrain("run", str(tmp_path / "job.yaml"), f"train.steps={total}", "--json", "--address", ray_address)
     assert again.code == 0, again.err
     lines = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 41))
+    assert lines == list(range(1, total + 1))
 
 
 def test_two_wishes_to_stop_end_at_once_and_leave_the_last_checkpoint(tmp_path: Path, ray_address: str) -> None:

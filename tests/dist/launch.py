@@ -13,12 +13,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 from ports import free_ports
 
@@ -37,8 +40,7 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_second
     Raises:
         RankError: with the traceback of the rank that failed first.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ready"])
+    context = _forking()
     call = pickle.dumps((fn, args))
     (port,) = free_ports(1)
     pipes, processes = [], []
@@ -59,6 +61,15 @@ def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_second
             process.join()
         for pipe in pipes:
             pipe.close()
+
+
+def _forking() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ready"])
+    # Python 3.11 does not tell the server where modules are, and it says nothing of one that it lacks.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    return context
 
 
 def _answers(pipes: list[Connection], deadline: float) -> list[Any]:

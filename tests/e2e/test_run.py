@@ -107,8 +107,9 @@ def test_evaluation_is_the_same_figure_for_any_number_of_workers(run_in: Any, tm
 def test_stop_and_resume_bit_for_bit(run_in: Any, tmp_path: Path, ray_address: str) -> None:
     """Dropout included: stopped at some step and resumed, a run ends with the same weights."""
     args = {"seconds": 0.1, "dropout": 0.2}
-    assert run_in(name="whole", args={**args, "seconds": 0.0}, train={"steps": 40}).code == 0
-    path = write_spec(tmp_path, make_spec(tmp_path, args=args, train={"steps": 40}))
+    write_data(tmp_path / "train")
+    # More steps than anybody waits for: it is stopped.
+    path = write_spec(tmp_path, make_spec(tmp_path, args=args, train={"steps": 3000}))
     process = start("run", str(path), "--json", "--address", ray_address)
     live = wait_for_step(tiny(tmp_path), 3, process)
     assert live["state"] == "running"
@@ -121,9 +122,10 @@ def test_stop_and_resume_bit_for_bit(run_in: Any, tmp_path: Path, ray_address: s
     assert stopped.json["state"] == "stopped"
     first = harness.finish(process)
     assert (first.code, first.json["status"]) == (0, "stopped")
-    assert first.json["steps"] < 40
-    again = dltrain("run", str(path), "--json", "--address", ray_address)
-    assert (again.code, again.json["steps"]) == (0, 40)
+    total = first.json["steps"] + 10
+    again = dltrain("run", str(path), f"train.steps={total}", "--json", "--address", ray_address)
+    assert (again.code, again.json["steps"]) == (0, total)
+    assert run_in(name="whole", args={**args, "seconds": 0.0}, train={"steps": total}).code == 0
     mine = weights(tmp_path)
     target = tmp_path / "whole.safetensors"
     dltrain("checkpoint", "export", str(tmp_path / "runs" / "whole"), "--to", str(target), "--step", "newest")
