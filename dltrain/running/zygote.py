@@ -22,8 +22,9 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 __all__ = ["main", "plant"]
 
@@ -104,11 +105,15 @@ def _user_of(link: socket.socket) -> int:
 # ---- in the zygote ----
 
 
-def main(listener: socket.socket, ready: Callable[[], Any], serve: Callable[[socket.socket], Any]) -> None:
-    """Forks a process that calls `serve` for each that asks, until the last link is closed.
+def main(listener: socket.socket, ready: Callable[[], Any]) -> socket.socket | None:
+    """Forks for each that asks, until the last link is closed.
 
     Args:
         ready: does what is slow, before the first fork.
+
+    Returns:
+        In a process that is to be a nursery: what it serves. In the zygote, at its end: nothing. So a worker's stack is
+        not that of its zygote.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The kernel clears up after nurseries.
@@ -119,57 +124,49 @@ def main(listener: socket.socket, ready: Callable[[], Any], serve: Callable[[soc
     while True:
         come, _, _ = select.select([listener, *links], [], [], seconds)
         for one in come:
-            if one is not listener:
-                if not _answer(one, listener, links, serve):
-                    one.close()
-                    links.discard(one)
+            if one is listener:
+                link, _ = listener.accept()
+                if _user_of(link) == os.getuid():
+                    links.add(link)
                 continue
-            link, _ = listener.accept()
-            if _user_of(link) == os.getuid():
-                links.add(link)
+            try:
+                message, fds, _, _ = socket.recv_fds(one, _LARGEST, 1)
+            except ConnectionResetError:
+                message, fds = b"", []
+            if not message:
+                one.close()
+                links.discard(one)
+            elif not os.fork():
+                for other in (listener, *links):
+                    other.close()
+                _begin_nursery(*pickle.loads(message))
+                return socket.socket(fileno=fds[0])
+            for fd in fds:
+                os.close(fd)
         if not links and not select.select([listener], [], [], 0)[0]:
-            return
+            return None
         seconds = None
 
 
-def _answer(
-    link: socket.socket, listener: socket.socket, links: set[socket.socket], serve: Callable[[socket.socket], Any]
-) -> bool:
-    """Whether the link is still of use."""
-    try:
-        message, fds, _, _ = socket.recv_fds(link, _LARGEST, 1)
-    except ConnectionResetError:
-        return False
-    if not message:
-        return False
-    if not os.fork():
-        listener.close()
-        for other in links:
-            other.close()
-        variables, agent = pickle.loads(message)
-        _be_nursery(variables, agent, socket.socket(fileno=fds[0]), serve)
-    for fd in fds:
-        os.close(fd)
-    return True
-
-
-def _be_nursery(
-    variables: Mapping[str, str], agent: int, control: socket.socket, serve: Callable[[socket.socket], Any]
-) -> NoReturn:
+def _begin_nursery(variables: Mapping[str, str], agent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"nursery {agent}".encode())
     for name in [name for name in os.environ if name.startswith(_OF_AN_AGENT)]:
         del os.environ[name]
     os.environ.update(variables)
-    try:
-        serve(control)
-    finally:
-        os._exit(0)
 
 
 if __name__ == "__main__":
     from dltrain.running import nursery
 
     gc.disable()
-    main(socket.socket(fileno=int(sys.argv[1])), nursery.prepare, nursery.serve)
+    try:
+        control = main(socket.socket(fileno=int(sys.argv[1])), nursery.prepare)
+        if control:
+            nursery.serve(control)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    # Not sys.exit: nothing of what was imported is to be cleared up, seconds long.
+    os._exit(0)

@@ -23,13 +23,12 @@ from dltrain.running import zygote
 
 zygote._NOBODY_SECONDS = {nobody}
 
-def serve(control):
+control = zygote.main(socket.socket(fileno=int(sys.argv[1])), lambda: time.sleep({seconds}))
+if control:
     given = [os.environ.get(name) for name in ("RAY_OWN", "RAY_TWO")]
     control.send(" ".join(map(str, [os.getpid(), os.getppid(), os.getpgid(0), *given])).encode())
     while control.recv(100):
         pass
-
-zygote.main(socket.socket(fileno=int(sys.argv[1])), lambda: time.sleep({seconds}), serve)
 """
 
 
