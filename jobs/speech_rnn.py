@@ -61,7 +61,7 @@ class SpeechRnn(Task):
     columns = ("audio", "text")
     target_columns = ("text",)
 
-    def __init__(self, width: int = 128, layers: int = 3, dropout: float = 0.1) -> None:
+    def __init__(self, width: int = 128, layers: int = 2, dropout: float = 0.1) -> None:
         self.width, self.layers, self.dropout = width, layers, dropout
         self.words = known_words()
 
