@@ -43,8 +43,8 @@ test: install  ## the tests that need nothing but this machine
 		-m 'not (servers or lab or soak or long)' --durations=20
 
 test-all: install  ## and those that need a server (S3), several hosts or minutes: .ci/run installs what they need
-	$(BIN)/python -m pytest -q tests/chaos tests/e2e -n 2 --dist loadgroup -m '(servers or lab or long) and not soak'
-	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m soak
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -n 2 --dist loadgroup -m '(servers or lab or long) and not soak' \
+		--durations=20
 
 bench: install  ## what dltrain costs against a bare DeepSpeed loop
 	$(BIN)/python tests/bench/overhead.py --out tests/bench/results/overhead.json
@@ -60,7 +60,8 @@ bench-recovery: install  ## seconds from a fault to the next new step, beside Ra
 	@$(PIP) -e '.[bench]' | $(COUNT)
 	@$(BIN)/python tests/bench/recovery.py --results tests/bench/results
 
-soak: install  ## 30 minutes of faults; must come out as if nothing had happened (needs root)
+soak: install  ## 40 minutes of faults; must come out as if nothing had happened (needs root)
+	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m soak
 	@$(BIN)/python tests/bench/soak.py
 
 clean:  ## remove what was built
