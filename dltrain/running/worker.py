@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
 import queue
@@ -111,7 +112,10 @@ def import_slow_things() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
 
     _import_muon()
-    from dltrain.training import cpu_op, loop  # noqa: F401
+    # PyArrow does, at the first array that is made of Python's values.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pandas")
+    from dltrain.training import cpu_op, flops, loop  # noqa: F401
 
     if cpu_op.is_built():
         cpu_op.load()
