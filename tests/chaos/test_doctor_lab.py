@@ -77,6 +77,7 @@ def test_a_host_that_is_cut_off(fresh_lab: Lab) -> None:
     assert looked_at == {host.address for host in fresh_lab.hosts[:2]}
 
 
+@pytest.mark.soak
 def test_hosts_that_do_not_let_each_other_in(fresh_lab: Lab) -> None:
     """A firewall between two workers, which Ray, that talks to them by way of the head, does not notice."""
     one, two = fresh_lab.hosts[1], fresh_lab.hosts[2]

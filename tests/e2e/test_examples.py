@@ -70,7 +70,7 @@ def test_the_script_and_the_task_make_the_same_losses(digits: Path, ray_address:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_search(digits: Path, leftovers: Leftovers) -> None:
     out = python(digits, "tune_digits.py", env=leftovers.env)
     best = re.search(r"best: lr ([\d.e-]+), accuracy ([\d.]+), in (\S+)", out)

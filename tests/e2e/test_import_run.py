@@ -51,7 +51,7 @@ def plain_deepspeed(data: str, directory: str, zero: int) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.soak), 2])
 def test_a_deepspeed_program_goes_on(tmp_path: Path, ray_address: str, zero: int) -> None:
     data = write_data(tmp_path / "train")
     folder = str(tmp_path / "out")
