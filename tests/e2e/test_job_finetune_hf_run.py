@@ -78,7 +78,7 @@ def test_lora_is_merged(tmp_path: Path, ray_address: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.soak), 8])
 def test_shards_in_the_hosts_memory(tmp_path: Path, ray_address: str, lora: int) -> None:
     done = trained(tmp_path, ray_address, args={"lora": lora}, engine={"zero": 3, "offload": "all"})
     assert done.json["eval"]["accuracy"] > (0.1 if lora else 0.5)
@@ -92,7 +92,7 @@ def test_bf16(tmp_path: Path, ray_address: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fields", [["prompt", "answer"], ["answer"]])
+@pytest.mark.parametrize("fields", [["prompt", "answer"], pytest.param(["answer"], marks=pytest.mark.soak)])
 def test_rows_that_are_not_packed(tmp_path: Path, ray_address: str, fields: list[str]) -> None:
     args = {"packed": 0, "fields": fields, "longest": 48}
     done = trained(tmp_path, ray_address, args=args, data={"pack": None}, batch={"global": 32})
@@ -100,7 +100,7 @@ def test_rows_that_are_not_packed(tmp_path: Path, ray_address: str, fields: list
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_sequence_to_sequence(tmp_path: Path, ray_address: str, zero: int) -> None:
     changes: dict[str, Any] = {"args": {"packed": 0}, "data": {"pack": None}, "batch": {"global": 32}}
     done = trained(tmp_path, ray_address, kind="t5", **changes, engine={"zero": zero})
