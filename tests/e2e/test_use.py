@@ -59,7 +59,7 @@ def disc(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
     tested = python(home, *test.split()[1:], "-q", "-p", "no:cacheprovider")
     assert tested.code == 0, tested.out
     assert "1 passed" in tested.out
-    done = dltrain(home, *run.split()[1:], "--json", "--address", ray_address)
+    done = dltrain(home, *run.split()[1:], "metrics.port=0", "--json", "--address", ray_address)
     assert done.code == 0, done.err
     assert done.json["eval"]["accuracy"] > 0.95
     return home
