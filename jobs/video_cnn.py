@@ -126,7 +126,7 @@ class VideoCnn(Task):
 
 def make_data(url: str, train: int = 4200, test: int = 840, noise: float = 0.05) -> dict[str, int]:
     """Writes clips under url/train and url/test, of each action equally many; returns rows by split."""
-    moving = len(ACTIONS) / len((*ACTIONS, *CHANGES))
+    moving = len(ACTIONS) / (len(ACTIONS) + len(CHANGES))
     splits = clip_splits(*(round(moving * count) for count in (train, test)), noise)
     for seed, (name, count) in enumerate({"train": train, "test": test}.items()):
         rng = np.random.default_rng(100 + seed)

@@ -74,6 +74,8 @@ class Agent:
     """
 
     def __init__(self, device: str, num_threads: int) -> None:
+        import ray
+
         self._events: collections.deque[Event] = collections.deque()
         self._wake = threading.Condition()
         self._urgent = False
@@ -81,8 +83,6 @@ class Agent:
         self._lives = threading.Lock()
         self._heard, self._lease = time.monotonic(), float("inf")
         self._leaving = False
-        import ray
-
         driver = ray.get_runtime_context()
         self._nursery = make_nursery(device, num_threads, f"{driver.gcs_address} {driver.get_job_id()}")
         self._holdings = Holdings()

@@ -219,7 +219,7 @@ class ForkServer:
                     if child is not None:
                         return child
                 # It died, and all its children with it.
-                self._end()
+                self.close()
                 self._begin()
         raise RuntimeError("the fork server ended twice; its log is that of the machine's first agent")
 
@@ -242,9 +242,6 @@ class ForkServer:
         born.put(None)
 
     def close(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
         # It ends when nobody is left to serve, and its children with it.
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)

@@ -22,6 +22,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ __all__ = ["main", "plant"]
 # Ray's own variables differ between the processes of a family: a nursery takes its agent's.
 _OF_AN_AGENT = "RAY_"
 _LARGEST = 128 * 1024
-_TRIES = 5
+_TRIES, _PAUSE_SECONDS = 50, 0.02
 # Whoever begins a zygote is its first agent, unless that one is killed in between.
 _NOBODY_SECONDS = 30.0
 _PR_SET_NAME = 15
@@ -80,6 +81,8 @@ def _begin(name: str, environment: dict[str, str], spawn: Spawn) -> None:
             listener.bind(name)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
+                # Another agent is about to listen there, or a zygote to end.
+                time.sleep(_PAUSE_SECONDS)
                 return
             raise
         listener.listen(1024)
@@ -116,9 +119,9 @@ def main(listener: socket.socket, ready: Callable[[], Any]) -> socket.socket | N
         not that of its zygote.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The kernel clears up after nurseries.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     ready()
+    # The kernel clears up after nurseries. Not before: imports may wait for programs that they start.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     links: set[socket.socket] = set()
     seconds: float | None = _NOBODY_SECONDS
     while True:

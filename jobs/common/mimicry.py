@@ -1,7 +1,7 @@
 """Clips of faces whose expression comes or goes: eight frames of 24 x 24 grey levels, as jobs.common.clips has them.
 
-Each expression is shown both ways, by a head that turns a little and by some light, so that no single frame tells which
-way it goes. Nobody of the test's is in the training data.
+Each expression is shown both ways, on a head that turns a little: what is in a frame does not tell whether it comes or
+goes, its place in the clip does. Nobody of the test's is in the training data.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_an_expression_comes_or_goes(way: int) -> None:
         steps = np.diff(part, axis=1) * (-1 if way else 1)
         assert (steps > -1e-9).all()
         assert (steps.sum(1) > 0.6).all()
-        # In the middle of a clip no more is shown on the way up than on the way down.
+        # Halfway it is neither all there nor all gone.
         assert 0.3 < part[:, FRAMES // 2 - 1 : FRAMES // 2 + 1].mean() < 0.9
 
 
