@@ -11,13 +11,17 @@ import contextlib
 import errno
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 from dltrain.errors import UserError
 
-__all__ = ["interface_of", "join_group", "listen", "meet", "use_group"]
+__all__ = ["interface_of", "join_group", "listen", "meet", "use_group", "wait_until_served"]
+
+# Between tries: about as long as rank 0 is behind; in the end as seldom as many ranks may ask.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.2
 
 
 def join_group(backend: str, environment: Mapping[str, str], device: Any) -> None:
@@ -54,6 +58,8 @@ def meet(backend: str, environment: Mapping[str, str], device: Any, timeout: tim
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     # The store takes the socket over.
     listening = listen(address, port).detach() if rank == 0 else None
+    if rank != 0:
+        wait_until_served(address, port, timeout.total_seconds())
     store = TCPStore(address, port, num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listening)
     dist.init_process_group(
         backend,
@@ -85,6 +91,23 @@ def listen(address: str, port: int) -> socket.socket:
             ) from error
         raise RuntimeError(f"the store of the rendezvous can't listen at {address}:{port}: {error}") from error
     return bound
+
+
+def wait_until_served(address: str, port: int, seconds: float) -> None:
+    """Waits until somebody listens there: torch, which finds nobody yet, waits for half a second before it asks again.
+
+    It returns at the latest when the time is up, or where waiting is of no use: torch then says what is wrong.
+    """
+    deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=left).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+        except OSError:
+            return
 
 
 def interface_of(address: str) -> str:

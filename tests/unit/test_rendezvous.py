@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 
 import pytest
 
 from dltrain.errors import UserError
-from dltrain.running.rendezvous import listen
+from dltrain.running.rendezvous import listen, wait_until_served
 from dltrain.running.worker import _kind
 
 
@@ -50,3 +52,25 @@ def test_a_port_that_was_taken_meanwhile_is_tried_again() -> None:
             listen("127.0.0.1", port)
     # As the loss of a peer: another attempt, with another port.
     assert _kind(error.value) == "peer"
+
+
+def test_ranks_that_come_before_rank_0_wait_for_it() -> None:
+    port, come = free_port(), threading.Event()
+
+    def wait() -> None:
+        wait_until_served("127.0.0.1", port, 60.0)
+        come.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not come.wait(0.1)
+    with socket.create_server(("127.0.0.1", port)):
+        waiting.join(60.0)
+    assert come.is_set()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+def test_ranks_do_not_wait_for_ever_and_leave_the_message_to_torch(address: str) -> None:
+    begin = time.monotonic()
+    wait_until_served(address, free_port(), 0.2)
+    assert time.monotonic() - begin < 60.0
