@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dltrain.data.memory import allocate, offer
+from dltrain.data.memory import offer, take_over
 
 __all__ = ["Column", "Pick", "gather", "leaf", "window_columns"]
 
@@ -45,13 +45,6 @@ class Column:
         if self.chunk is None and items.step == 1:
             return [self.chunks[0].slice(items.start, len(items))]
         return [self.chunks[chunk].slice(row, 1) for chunk, row in self._places(items)]
-
-    def views(self, items: range) -> list[U8]:
-        """Their bytes, end to end; for columns that have `raw`."""
-        assert self.raw is not None
-        if self.chunk is None:
-            return [self.raw[0][items.start : items.stop : items.step].reshape(-1)]
-        return [self.raw[chunk][row] for chunk, row in self._places(items)]
 
     def _places(self, items: range) -> list[tuple[int, int]]:
         if self.chunk is None or self.row is None:
@@ -93,12 +86,13 @@ def gather(schema: pa.Schema, picks: Sequence[Pick]) -> pa.RecordBatch:
 
 
 def _join(kind: pa.DataType, num_rows: int, parts: Sequence[tuple[Column, range]]) -> pa.Array:
+    # One call for all rows: whoever lets go of the interpreter for each waits for it as often while others use it.
+    joined = pa.concat_arrays([array for column, items in parts for array in column.arrays(items)])
     if any(column.raw is None or column.kind != kind for column, _ in parts):
-        return pa.concat_arrays([array for column, items in parts for array in column.arrays(items)])
-    views = [view for column, items in parts for view in column.views(items)]
-    memory = allocate(sum(view.size for view in views))
-    np.concatenate(views, out=memory.numpy())
-    return _over(kind, num_rows, offer(memory))
+        return joined
+    values = leaf(joined)
+    assert values is not None
+    return _over(kind, num_rows, offer(take_over(values.buffers()[1])))
 
 
 def _over(kind: pa.DataType, length: int, values: pa.Buffer) -> pa.Array:

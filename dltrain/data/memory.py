@@ -1,6 +1,6 @@
 """Memory of batches: filled once by the gather, then handed over to the tensors.
 
-memory = allocate(num_bytes)             # tensor, uint8
+memory = take_over(buffer)               # tensor, uint8, of what Arrow has just copied
 buffer = offer(memory)                   # Arrow's, for the rows that `collate` gets
 tensor = claim(buffer.address)           # the same memory, if it is a batch's and nobody has it yet
 
@@ -17,17 +17,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-__all__ = ["allocate", "claim", "offer"]
+__all__ = ["claim", "offer", "take_over"]
 
 # By address. An entry goes with the array that was offered, before the memory can be another's.
 _offered: dict[int, torch.Tensor] = {}
 
 
-def allocate(num_bytes: int) -> torch.Tensor:
-    """Memory that nobody else has: (num_bytes,) uint8."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.frombuffer(pa.allocate_buffer(num_bytes), np.uint8))
+def take_over(buffer: pa.Buffer) -> torch.Tensor:
+    """The bytes, in memory that nobody else has: (size,) uint8.
+
+    Args:
+        buffer: that nothing but its array uses.
+    """
+    array = np.frombuffer(buffer, np.uint8)
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.from_numpy(array if buffer.is_mutable else array.copy())
+    memory = torch.empty(buffer.size, dtype=torch.uint8, pin_memory=True)
+    np.copyto(memory.numpy(), array)
+    return memory
 
 
 def offer(tensor: torch.Tensor) -> pa.Buffer:
