@@ -215,8 +215,6 @@ class BatchStream:
             rank=self._rank,
             num_ranks=self._num_ranks,
             micro_batch=self._global_batch,
-            # Batches are made while the row groups of later ones are waited for.
-            parallel=1,
         )
         stream.prefetch()
         return stream
