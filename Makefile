@@ -62,7 +62,7 @@ bench-recovery: install  ## seconds from a fault to the next new step, beside Ra
 
 soak: install  ## 40 minutes of faults; must come out as if nothing had happened (needs root)
 	$(BIN)/python -m pytest -q tests/chaos tests/e2e -m soak
-	@$(BIN)/python tests/bench/soak.py
+	@$(BIN)/python tests/bench/soak.py --results tests/bench/results
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info

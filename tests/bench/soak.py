@@ -1,6 +1,7 @@
 """Minutes of faults: a run that is killed, stopped, frozen and starved at random, and must come out as if nothing was.
 
     python tests/bench/soak.py [--minutes 30] [--every 20] [--number N] [--seed 0] [--faults worker,agent,...] [--json]
+                                [--results DIR]
 
 2 workers on a Ray of its own; every 20 s one of: SIGKILL of a worker, of an agent, of the driver (which is started
 again), SIGSTOP of a worker, `dltrain stop` and a new start, a full disk for some seconds. Then the same steps once
@@ -267,8 +268,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--results", type=Path, help="directory for soak.json")
     options = parser.parse_args()
     result = run_soak(options)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result))
     else:
