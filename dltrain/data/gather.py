@@ -20,7 +20,6 @@ from dltrain.data.memory import offer, take_over
 __all__ = ["Column", "Pick", "gather", "leaf", "window_columns"]
 
 I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
 # Smaller values are shuffled when their window is loaded: picking them one by one takes longer than a second copy.
 _LARGE_BYTES = 2048
 
@@ -30,13 +29,11 @@ class Column:
     """A column of a window's items.
 
     Attributes:
-        chunks: its values; raw: the same as (rows, bytes), for values of a fixed size of which none is missing.
+        chunks: its values.
         chunk, row: item -> which chunk, and which row of it; None where items lie in order in the only chunk.
     """
 
-    kind: pa.DataType
     chunks: list[pa.Array]
-    raw: list[U8] | None
     chunk: I64 | None = None
     row: I64 | None = None
 
@@ -64,35 +61,33 @@ def window_columns(table: pa.Table, perm: I64) -> list[Column]:
     row = perm - edges[chunk]
     order = pa.array(perm)
     columns = []
-    for i, field in enumerate(table.schema):
+    for i in range(table.num_columns):
         chunks = [batch.column(i) for batch in batches]
         small = sum(c.nbytes for c in chunks) <= _LARGE_BYTES * table.num_rows
         whole = pa.chunked_array(chunks).combine_chunks() if small else None
         if isinstance(whole, pa.Array):
-            taken = whole.take(order)
-            columns.append(Column(field.type, [taken], _raw([taken])))
+            columns.append(Column([whole.take(order)]))
         else:
-            columns.append(Column(field.type, chunks, _raw(chunks), chunk, row))
+            columns.append(Column(chunks, chunk, row))
     return columns
 
 
 def gather(schema: pa.Schema, picks: Sequence[Pick]) -> pa.RecordBatch:
     """The picked items, one after the other: the one copy between decoding and a batch."""
-    num_rows = sum(len(items) for _, items in picks)
-    arrays = [
-        _join(field.type, num_rows, [(columns[i], items) for columns, items in picks]) for i, field in enumerate(schema)
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _join(kind: pa.DataType, num_rows: int, parts: Sequence[tuple[Column, range]]) -> pa.Array:
     # One call for all rows: whoever lets go of the interpreter for each waits for it as often while others use it.
-    joined = pa.concat_arrays([array for column, items in parts for array in column.arrays(items)])
-    if any(column.raw is None or column.kind != kind for column, _ in parts):
-        return joined
-    values = leaf(joined)
-    assert values is not None
-    return _over(kind, num_rows, offer(take_over(values.buffers()[1])))
+    joined = [
+        pa.concat_arrays([array for columns, items in picks for array in columns[i].arrays(items)])
+        for i in range(len(schema))
+    ]
+    return pa.RecordBatch.from_arrays([_offered(array) for array in joined], schema=schema)
+
+
+def _offered(array: pa.Array) -> pa.Array:
+    """The array, in memory that can be claimed where its values are of a fixed size and none is missing."""
+    values = leaf(array)
+    if values is None or not _is_fixed(values.type) or not values.nbytes:
+        return array
+    return _over(array.type, len(array), offer(take_over(values.buffers()[1])))
 
 
 def _over(kind: pa.DataType, length: int, values: pa.Buffer) -> pa.Array:
@@ -110,21 +105,6 @@ def leaf(array: pa.Array) -> pa.Array | None:
             return None
         array = array.flatten()
     return None if array.null_count else array
-
-
-def _raw(chunks: Sequence[pa.Array]) -> list[U8] | None:
-    """Values of a fixed size as (rows, bytes), without a copy."""
-    found = []
-    for array in chunks:
-        values = leaf(array)
-        if values is None or not _is_fixed(values.type) or not len(array):
-            return None
-        width = values.type.bit_width // 8
-        size = len(values) * width
-        if not size:
-            return None
-        found.append(np.frombuffer(values.buffers()[1], np.uint8, size, values.offset * width).reshape(len(array), -1))
-    return found
 
 
 def _is_fixed(kind: pa.DataType) -> bool:
