@@ -154,11 +154,13 @@ def main() -> None:
         except JobFailedError as error:
             print(error, file=sys.stderr)
             failed = True
+            continue
+        if options.results:
+            # An hour's work is not to be lost by what comes after.
+            _keep(Path(options.results) / "jobs.json", {**versions(), "rows": rows})
     show(rows)
     result = {**versions(), "rows": rows}
     print(", ".join(f"{key} {value}" for key, value in result.items() if key != "rows"), file=sys.stderr)
-    if options.results:
-        _keep(Path(options.results) / "jobs.json", result)
     if options.json:
         print(json.dumps(result))
     sys.exit(failed or not all(row["met"] for row in rows))
