@@ -41,7 +41,7 @@ class Memory:
             agents = {faults.agent_of(worker["pid"]) for worker in state["workers"]}
             for role, pids in (("driver", {faults.driver_of(state)}), ("agents", agents)):
                 self._samples[role] += [_resident(pid) for pid in pids]
-        except (psutil.Error, AssertionError):  # one of them is just being replaced
+        except (psutil.Error, ProcessLookupError, AssertionError):  # one of them is just being replaced
             return
 
     def slope(self, role: str) -> float:
