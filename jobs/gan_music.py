@@ -23,8 +23,9 @@ from dltrain import Artifact, Batch, Keys, Sum, Task
 from jobs.common.data import main, write_splits
 from jobs.common.figures import Goal
 from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES, chorale, chord_statistics
+from jobs.common.listener import Discriminator
 from jobs.common.slopes import r1
-from jobs.common.voices import NOISE, Discriminator, Generator
+from jobs.common.voices import NOISE, Generator
 
 # Distances from the real pieces' statistics, as parts of what notes at random have.
 GOALS = tuple(

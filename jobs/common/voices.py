@@ -1,4 +1,4 @@
-"""Two networks for music of several voices: one makes notes out of noise, the other tells them from real ones."""
+"""A network that makes music of several voices out of noise; `listener` has the one that judges it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES
+from jobs.common.harmony import SPAN, STEPS, VOICES
 
-__all__ = ["NOISE", "Discriminator", "Generator"]
+__all__ = ["NOISE", "Generator", "Near"]
 
 # Of a piece's noise, what all steps share, and each step's own.
 SHARED, OWN = 64, 16
@@ -62,38 +62,3 @@ class Generator(nn.Module):
             chances = logits.softmax(-1)
             notes.append(F.one_hot(logits.argmax(-1), SPAN) + chances - chances.detach())
         return torch.stack(notes, 2)
-
-
-class Discriminator(nn.Module):
-    """Judges chords, pairs of chords and more, twice: by pitches, and by pitch classes above each of twelve tonics."""
-
-    def __init__(self, width: int, narrow: int = 16) -> None:
-        super().__init__()
-        self.first = nn.Linear(VOICES * SPAN + 12, width)
-        self.pair, self.three, self.whole = Near(width, 2), Near(width, 3), nn.Linear(STEPS * width, width)
-        self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
-        self.by_tonic = nn.ModuleList([nn.Linear(24, narrow), Near(narrow, 2), Near(narrow, 3)])
-        self.by_tonic_heads = nn.ModuleList(nn.Linear(narrow, 1) for _ in range(3))
-        above = (torch.from_numpy(LOWEST)[:, None] + torch.arange(SPAN)).view(-1, 1) - torch.arange(12)
-        classes = F.one_hot(above % 12, 12).float()
-        bass = classes * (torch.arange(len(classes)) < SPAN)[:, None, None]
-        # (pitches, 12 tonics x 24): how many voices have each class above a tonic, and which of them the bass has.
-        self.register_buffer("tonics", torch.cat([classes, bass], 2).flatten(1))
-
-    def forward(self, notes: torch.Tensor) -> torch.Tensor:
-        """(rows, STEPS, VOICES, SPAN) -> (rows,)."""
-        classes = notes.flatten(2) @ self.tonics
-        chord = F.leaky_relu(self.first(torch.cat([notes.flatten(2), classes[..., :12]], 2)), 0.2)
-        pair = F.leaky_relu(self.pair(chord), 0.2)
-        whole = F.leaky_relu(self.whole(F.leaky_relu(self.three(pair), 0.2).flatten(1)), 0.2)
-        said = [head(x).mean((1, 2)) for head, x in zip(self.heads, (chord, pair, whole[:, None]), strict=True)]
-        return torch.stack(said).sum(0) + self._by_tonic(classes)
-
-    def _by_tonic(self, classes: torch.Tensor) -> torch.Tensor:
-        """Weights are one for all tonics: what is learned of a key is known of every other. The best tonics count."""
-        x = classes.unflatten(2, (12, 24)).transpose(1, 2).flatten(0, 1)
-        said = torch.zeros(len(x), device=x.device)
-        for layer, head in zip(self.by_tonic, self.by_tonic_heads, strict=True):
-            x = F.leaky_relu(layer(x), 0.2)
-            said = said + head(x).mean((1, 2))
-        return said.unflatten(0, (-1, 12)).logsumexp(1)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from dltrain import Batch, Keys
 from jobs.common.harmony import LOWEST, SPAN, STEPS, VOICES, chorale, chord_statistics
+from jobs.common.listener import GROUP, Discriminator
 from jobs.common.music import RATE, SECONDS, midi, notes, piano_roll, sound
-from jobs.common.voices import NOISE, Discriminator, Generator
+from jobs.common.voices import NOISE, Generator
 from jobs.gan_music import GanMusic
 
 C_MAJOR = np.array([48, 55, 64, 72])
@@ -139,8 +140,24 @@ def test_the_discriminator_knows_a_key_by_another(pieces: np.ndarray) -> None:
         F.one_hot(torch.from_numpy(one - LOWEST), SPAN).float().flatten(2) @ judge.tonics
         for one in (low, low + 3, np.where(np.arange(VOICES) == 2, low + 1, low))
     )
-    assert judge._by_tonic(higher).allclose(judge._by_tonic(flat), atol=1e-5)
-    assert not judge._by_tonic(wrong).allclose(judge._by_tonic(flat), atol=1e-3)
+    for same, other, changed in zip(judge.hear(flat), judge.hear(higher), judge.hear(wrong), strict=True):
+        assert other.allclose(same, atol=1e-5)
+        assert not changed.allclose(same, atol=1e-3)
+
+
+def test_the_discriminator_judges_groups(pieces: np.ndarray) -> None:
+    torch.manual_seed(0)
+    judge = Discriminator(16)
+    rows = F.one_hot(torch.from_numpy(pieces[: 2 * GROUP + 3] - LOWEST), SPAN).float()
+    said = judge(rows)
+    # Another piece changes what is said of those beside it, and of nobody else.
+    rows[0] = rows[-1]
+    moved = (judge(rows) - said).abs() > 1e-7
+    assert moved.tolist() == [True] * (GROUP + 2) + [False] * (GROUP + 1)
+    assert judge(rows[:1]).shape == (1,)
+    # Some batches have no row to be penalised.
+    judge(rows[:0]).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in judge.parameters())
 
 
 def test_upper_voices_follow_lower_ones_in_the_generator() -> None:
