@@ -54,8 +54,8 @@ class ClipDiscriminator(nn.Module):
 
     def forward(self, clips: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """(rows, FRAMES, SIZE, SIZE) in [0, 1] and (rows,) of ACTIONS -> (rows,)."""
-        x = self.features(clips)
-        shapes = self.shape(clips[:, ::EACH].reshape(-1, 1, SIZE, SIZE)).view(-1, len(range(0, FRAMES, EACH))).mean(1)
+        x, some = self.features(clips), clips[:, ::EACH]
+        shapes = self.shape(some.reshape(-1, 1, SIZE, SIZE)).view(some.shape[:2]).mean(1)
         return self.real(x)[:, 0] + (x * self.action(action)).sum(1) + shapes
 
 

@@ -11,7 +11,7 @@ from jobs.common.voices import Near
 
 __all__ = ["Discriminator"]
 
-# Pieces that are judged together.
+# Pieces that are judged together: neighbours on a worker, so that which ones depends on how many workers there are.
 GROUP = 8
 
 
