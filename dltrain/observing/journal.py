@@ -84,11 +84,17 @@ class Journal:
             self._part += 1
 
     def _append(self, file: io.FileIO, text: str) -> None:
-        """Writes all of it; after a line that was cut short, by a full disk or a crash, it begins on a new one."""
+        """Writes all of it or nothing; after a line that a crash cut short it begins on a new one."""
         rest = memoryview((("\n" if self._torn else "") + text).encode())
-        self._torn = True
-        while rest:
-            rest = rest[file.write(rest) :]
+        end, was_torn, self._torn = os.fstat(file.fileno()).st_size, self._torn, True
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            # What a full disk took of it goes again: everybody's tools are to be able to read the file.
+            os.ftruncate(file.fileno(), end)
+            self._torn = was_torn
+            raise
         self._torn = False
 
     def close(self) -> None:

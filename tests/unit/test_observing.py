@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 import urllib.request
@@ -256,8 +257,8 @@ def test_no_line_is_lost_on_a_disk_that_was_full(tmp_path: Path, room: int) -> N
     disk.room = 10_000
     journal.flush()
     journal.close()
-    # One that was written before the disk was full may be there twice.
-    assert {line["step"]: line for line in read_journal(store, "steps")} == {line["step"]: line for line in lines[:3]}
+    # Whoever reads it, a half line and one written twice are nowhere.
+    assert list(map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())) == lines[:3]
 
 
 def test_a_line_that_a_crash_cut_short_spoils_none_of_the_next_start(tmp_path: Path) -> None:
