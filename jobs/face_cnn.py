@@ -126,7 +126,7 @@ def _pixels(batch: Batch) -> Any:
     return (255 * batch.image).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def make_data(url: str, train: int = 8000, test: int = 500) -> dict[str, int]:
+def make_data(url: str, train: int = 8000, test: int = 2000) -> dict[str, int]:
     """Writes faces under url/train and url/test; returns rows by split."""
     return write_splits(url, face_splits(train, test), rows_per_group=32)
 
