@@ -85,15 +85,17 @@ class Journal:
 
     def _append(self, file: io.FileIO, text: str) -> None:
         """Writes all of it or nothing; after a line that a crash cut short it begins on a new one."""
-        rest = memoryview((("\n" if self._torn else "") + text).encode())
+        data = rest = memoryview((("\n" if self._torn else "") + text).encode())
         end, was_torn, self._torn = os.fstat(file.fileno()).st_size, self._torn, True
         try:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            # What a full disk took of it goes again: everybody's tools are to be able to read the file.
-            os.ftruncate(file.fileno(), end)
-            self._torn = was_torn
+            # What a full disk took of it goes again: everybody's tools are to be able to read the file. Not if it has
+            # grown otherwise: a driver that was replaced may not know it yet.
+            if os.fstat(file.fileno()).st_size == end + len(data) - len(rest):
+                os.ftruncate(file.fileno(), end)
+                self._torn = was_torn
             raise
         self._torn = False
 

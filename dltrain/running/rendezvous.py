@@ -22,6 +22,8 @@ __all__ = ["interface_of", "join_group", "listen", "meet", "use_group", "wait_un
 
 # Between tries: about as long as rank 0 is behind; in the end as seldom as many ranks may ask.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.2
+# Who answers at all does so by then; torch tells what to make of others, and needs time for it.
+_ANSWER_SECONDS, _LEAST_SECONDS = 3.0, 1.0
 
 
 def join_group(backend: str, environment: Mapping[str, str], device: Any) -> None:
@@ -58,9 +60,12 @@ def meet(backend: str, environment: Mapping[str, str], device: Any, timeout: tim
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     # The store takes the socket over.
     listening = listen(address, port).detach() if rank == 0 else None
+    deadline = time.monotonic() + timeout.total_seconds()
     if rank != 0:
         wait_until_served(address, port, timeout.total_seconds())
-    store = TCPStore(address, port, num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listening)
+    left = timedelta(seconds=max(deadline - time.monotonic(), _LEAST_SECONDS))
+    store = TCPStore(address, port, num_ranks, is_master=rank == 0, timeout=left, master_listen_fd=listening)
+    store.set_timeout(timeout)
     dist.init_process_group(
         backend,
         store=PrefixStore("default_pg", store),
@@ -101,7 +106,7 @@ def wait_until_served(address: str, port: int, seconds: float) -> None:
     deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE_SECONDS
     while (left := deadline - time.monotonic()) > 0:
         try:
-            socket.create_connection((address, port), timeout=left).close()
+            socket.create_connection((address, port), timeout=min(left, _ANSWER_SECONDS)).close()
             return
         except ConnectionRefusedError:
             time.sleep(min(pause, left))

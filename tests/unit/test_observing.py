@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import harness
@@ -259,6 +260,26 @@ def test_no_line_is_lost_on_a_disk_that_was_full(tmp_path: Path, room: int) -> N
     journal.close()
     # Whoever reads it, a half line and one written twice are nowhere.
     assert list(map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())) == lines[:3]
+
+
+def test_what_another_driver_wrote_meanwhile_is_not_taken_away(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    late, new = Journal(store, "steps"), Journal(store, "steps")
+    disk = FullDisk(late._file, 5)
+
+    def write(data: memoryview) -> int:
+        if disk.room:
+            new.add({"step": 7})
+            new.flush()
+        return disk.write(data)
+
+    late._file = SimpleNamespace(write=write, fileno=disk.fileno)  # type: ignore[assignment]
+    late.add({"step": 3})
+    with pytest.raises(OSError, match="No space"):
+        late.flush()
+    disk.close()
+    new.close()
+    assert list(read_journal(store, "steps")) == [{"step": 7}]
 
 
 def test_a_line_that_a_crash_cut_short_spoils_none_of_the_next_start(tmp_path: Path) -> None:
