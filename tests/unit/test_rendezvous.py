@@ -5,11 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch
 
 from dltrain.errors import UserError
-from dltrain.running.rendezvous import listen, wait_until_served
+from dltrain.running import rendezvous
+from dltrain.running.rendezvous import listen, meet, wait_until_served
 from dltrain.running.worker import _kind
 
 
@@ -74,3 +78,15 @@ def test_ranks_do_not_wait_for_ever_and_leave_the_message_to_torch(address: str)
     begin = time.monotonic()
     wait_until_served(address, free_port(), 0.2)
     assert time.monotonic() - begin < 60.0
+
+
+def test_what_was_waited_is_taken_from_torchs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def store(*_: Any, timeout: timedelta, **__: Any) -> Any:
+        raise TimeoutError(timeout.total_seconds())
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", store)
+    monkeypatch.setattr(rendezvous, "wait_until_served", lambda *_: time.sleep(0.3))
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with pytest.raises(TimeoutError) as error:
+        meet("gloo", environment, torch.device("cpu"), timedelta(seconds=5))
+    assert 1.0 <= error.value.args[0] <= 4.7
