@@ -33,11 +33,15 @@ class Killer(tune.Callback):
 def main() -> None:
     asked = json.load(sys.stdin)
     ray.init(address=asked["address"], logging_level="ERROR", runtime_env={"env_vars": asked.get("env", {})})
-    halving = ASHAScheduler(time_attr="step", grace_period=4, max_t=1000, reduction_factor=2)
+    halving = None
+    if "grace" in asked:
+        halving = ASHAScheduler(time_attr="step", grace_period=asked["grace"], max_t=1000, reduction_factor=2)
     tuner = tune.Tuner(
         trainable(asked["spec"], metric="loss", cwd=asked["cwd"]),
         param_space={name: tune.grid_search(values) for name, values in asked["grid"].items()},
-        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=halving if asked.get("asha") else None),
+        tune_config=tune.TuneConfig(
+            metric="loss", mode="min", scheduler=halving, max_concurrent_trials=asked.get("at_once")
+        ),
         run_config=tune.RunConfig(
             storage_path=asked["results"],
             verbose=0,
